@@ -1,0 +1,320 @@
+"""The agent: acts on observations, learns from replay. One update is one function of static shapes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from agent.behavior import (
+    Behavior,
+    Imagined,
+    ReturnNormalizer,
+    imagination_loss,
+    replay_value_loss,
+)
+from agent.capture import Captured
+from agent.config import Config
+from agent.cores import State
+from agent.errors import UserError
+from agent.networks import Frozen, parameter_count
+from agent.optimizer import LaProp
+from agent.replay import Replay, Spec
+from agent.spaces import Space, from_gymnasium
+from agent.world_model import Batch, WorldModel
+from agent.world_model.encoder import Observation
+from agent.world_model.heads import TwoHotHead
+from agent.world_model.rssm import Latent
+
+FLAGS: dict[str, Spec] = {
+    "reward": ((), torch.float32),
+    "is_first": ((), torch.bool),
+    "is_last": ((), torch.bool),
+    "is_terminal": ((), torch.bool),
+}
+
+
+class Carry(NamedTuple):
+    """What the agent keeps between two steps of N environments."""
+
+    state: State  # the core's memory (N, ...)
+    z: Tensor  # (N, G, C)
+    action: Tensor  # the last one (N, A)
+
+
+class Agent:
+    """World model, behavior and optimizer on one device.
+
+    Args:
+        observations: spaces of an environment's observation, by key.
+        action: its action space.
+        config: the resolved configuration; `compile` and `precision` may still be `auto`.
+        device: where everything lives.
+    """
+
+    def __init__(self, observations: spaces.Dict, action: spaces.Space[Any], config: Config, device: torch.device):
+        self.config, self.device = config, device
+        self.observations = {key: from_gymnasium(space, key) for key, space in sorted(observations.items())}
+        self.action = from_gymnasium(action, "action")
+        on_gpu = device.type == "cuda"
+        precision = config.precision if config.precision != "auto" else ("bf16" if on_gpu else "fp32")
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.mode = config.compile if config.compile != "auto" else ("full" if on_gpu else "eager")
+        if self.mode == "graph" and not on_gpu:
+            raise UserError("compile: graph needs a CUDA device; use eager or full on the CPU")
+
+        self.world_model = WorldModel(self.observations, self.action, config).to(device)
+        self.behavior = Behavior(self.world_model.rssm.feature_size, self.action, config).to(device)
+        self.normalizer = ReturnNormalizer(config.behavior).to(device)
+        self.parameters = [*self.world_model.parameters(), *self.behavior.parameters()]
+        self.optimizer = LaProp(self.parameters, config.optimizer)
+
+        self.frozen_world_model = Frozen(self.world_model, self.dtype)
+        self.frozen_actor = Frozen(self.behavior.actor, self.dtype)
+        self.slow_critic = TwoHotHead(
+            self.world_model.rssm.feature_size, config.heads.units, config.heads.critic_layers, config.heads.bins
+        ).to(device).requires_grad_(False)  # fmt: skip
+        self.slow_critic.load_state_dict(self.behavior.critic.state_dict())
+
+        compiled = _compiled if self.mode == "full" else _as_it_is
+        self._chain = compiled(self.frozen_world_model.module.rssm.scan_step)
+        self._batched = compiled(self.world_model.rssm.scan_step)
+        self._imagine_step = compiled(self._imagined_step)
+        self._optimize = compiled(self.optimizer.step)
+        self._captures = on_gpu and self.mode != "eager"
+        self._act = Captured(self._act_eagerly, device) if self._captures else self._act_eagerly
+        self._update: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+        self.updates = 0
+        self._metric_names: list[str] = []
+        self._metric_sums = torch.zeros(0, device=device)
+        self._metric_count = 0
+
+    # ---- acting -----------------------------------------------------------------------------------------------
+
+    def initial(self, amount: int) -> Carry:
+        """What the agent keeps before the first step of `amount` environments."""
+        state, z = self.world_model.rssm.initial(amount)
+        return Carry(state, z, torch.zeros(amount, self.action.width, device=self.device))
+
+    def act(self, observation: Observation, first: Tensor, carry: Carry, mode: bool = False) -> tuple[Tensor, Carry]:
+        """Choose an action for each of N environments.
+
+        Args:
+            observation: tensors (N, ...) as the environment gives them.
+            first: (N,) bool: an episode begins here, and what the agent kept is forgotten.
+            carry: what this function gave for the step before.
+            mode: the most likely action, instead of a sampled one.
+
+        Returns:
+            The action (N, ...) as the environment takes it, on the agent's device, and what to keep. With a CUDA graph,
+            the next call overwrites both.
+        """
+        inputs = {f"observation/{key}": observation[key] for key in self.observations}
+        inputs |= {f"state/{key}": value for key, value in carry.state.items()}
+        inputs |= {"z": carry.z, "action": carry.action, "first": first, "mode": torch.tensor([mode])}
+        outputs = self._act({key: value.to(self.device) for key, value in inputs.items()} if not self._captures else inputs)
+        state = {key: outputs[f"state/{key}"] for key in carry.state}
+        return self.action.decode(outputs["action"]), Carry(state, outputs["z"], outputs["action"])
+
+    @torch.no_grad()
+    def _act_eagerly(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        model, amount = self.frozen_world_model.module, inputs["first"].shape[0]
+        token = model.encoder(_part(inputs, "observation"), self.dtype)
+        uniform = torch.rand(amount, model.rssm.groups, device=self.device)
+        latent, _ = model.rssm.observe_step(
+            _part(inputs, "state"), inputs["z"], inputs["action"], inputs["first"], token, uniform
+        )
+        policy = self.frozen_actor.module(model.rssm.feature(latent.h, latent.z, self.dtype))
+        sample = policy.sample(self.action.noise((amount,), self.device))
+        action = torch.where(inputs["mode"], policy.mode(), sample)
+        return {"action": action, "z": latent.z, **{f"state/{key}": value for key, value in latent.state.items()}}
+
+    # ---- learning ---------------------------------------------------------------------------------------------
+
+    def row_specs(self) -> tuple[dict[str, Spec], dict[str, Spec]]:
+        """What replay stores of each step: the transition with the action, and the agent's latents."""
+        rows = {key: (space.shape, space.dtype) for key, space in self.observations.items()}
+        rows |= FLAGS | {"action": (self.action.shape, self.action.dtype)}
+        state, _ = self.world_model.rssm.initial(1)
+        latents = {f"state/{key}": (tuple(value.shape[1:]), value.dtype) for key, value in state.items()}
+        # z is one-hot, so the indices are all of it, and 4 * C times smaller.
+        return rows, latents | {"z": ((self.world_model.rssm.groups,), torch.uint8)}
+
+    def latents(self, state: State, z: Tensor) -> dict[str, Tensor]:
+        """Memory (..., ) and code (..., G, C) as replay stores them."""
+        return {f"state/{key}": value.detach() for key, value in state.items()} | {"z": z.detach().argmax(-1).to(torch.uint8)}
+
+    def attach(self, replay: Replay) -> None:
+        """Learn from this replay from now on. Sampled rows never leave the GPU if replay lies there too."""
+        if replay.device == self.device:
+            def update(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+                latents, metrics = self._learn(*replay.gather(inputs["index"]))
+                replay.write_back(inputs["index"], latents)
+                return metrics
+
+            self._update = Captured(update, self.device) if self._captures else update
+            return
+
+        learn = Captured(self._learn_flat, self.device) if self._captures else self._learn_flat
+
+        def update_from_host(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            rows, latents = replay.gather(inputs["index"])
+            given = {f"row/{key}": value for key, value in rows.items()}
+            given |= {f"latent/{key}": value for key, value in latents.items()}
+            results = learn(given)
+            replay.write_back(inputs["index"], {k: v.cpu() for k, v in _part(results, "latent").items()})
+            return _part(results, "metric")
+
+        self._update = update_from_host
+
+    def _learn_flat(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents, metrics = self._learn(_part(inputs, "row"), _part(inputs, "latent"))
+        return {f"latent/{k}": v for k, v in latents.items()} | {f"metric/{k}": v for k, v in metrics.items()}
+
+    def update(self, index: Tensor) -> None:
+        """One update from the sequences that replay sampled, index (2, B). Does not wait for the device."""
+        assert self._update is not None, "attach a replay first"
+        metrics = self._update({"index": index})
+        self.updates += 1
+        if not self._metric_names:
+            self._metric_names = list(metrics)
+            self._metric_sums = torch.zeros(len(metrics), device=self.device)
+        self._metric_sums += torch.stack([metrics[name].float() for name in self._metric_names])
+        self._metric_count += 1
+
+    def take_metrics(self) -> dict[str, float]:
+        """Means of what the updates since the last call reported; waits for the device. Empty if there were none."""
+        if not self._metric_count:
+            return {}
+        means = (self._metric_sums / self._metric_count).tolist()
+        self._metric_sums.zero_()
+        self._metric_count = 0
+        return dict(zip(self._metric_names, means, strict=True))
+
+    def _learn(
+        self, rows: dict[str, Tensor], context: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One update of everything, in place.
+
+        Args:
+            rows: (B, 1 + T, ...): one row of context, then those to learn from.
+            context: latents of the context row (B, ...).
+
+        Returns:
+            Fresh latents (B, T, ...) and metrics (numbers).
+        """
+        config, model, rssm = self.config, self.world_model, self.world_model.rssm
+        self.frozen_world_model.refresh()
+        self.frozen_actor.refresh()
+        batch = self._batch(rows)
+        z = torch.nn.functional.one_hot(context["z"].long(), rssm.classes).float()
+        uniform = torch.rand(*batch.first.shape, rssm.groups, device=self.device)
+        token = model.encoder(batch.observation, self.dtype)
+        posterior = rssm.observe(
+            _part(context, "state"), z, batch.previous_action, batch.first, token, uniform, self._chain, self._batched
+        )
+        latent = posterior.latent
+        feature = rssm.feature(latent.h, latent.z, self.dtype)  # (B, T, F)
+        losses, statistics = model.losses(batch, posterior, feature)
+
+        imagined = self._imagine(latent)
+        behavior = imagination_loss(self.behavior, self.slow_critic, self.normalizer, imagined, config.behavior)
+        losses |= behavior.losses
+        bootstrap = behavior.returns[0].view(batch.reward.shape)  # the return that starts at each real state
+        losses["replay_value"] = replay_value_loss(
+            self.behavior, self.slow_critic, feature.transpose(0, 1),
+            batch.reward.T, batch.last.T, batch.terminal.T, bootstrap.T, config.behavior,
+        )  # fmt: skip
+
+        means = {name: loss.mean() for name, loss in losses.items()}
+        total = torch.stack([getattr(config.loss, name) * mean for name, mean in means.items()]).sum()
+        gradients = torch.autograd.grad(total, self.parameters)
+        statistics |= self._optimize(list(gradients)) | behavior.statistics
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.slow_critic.parameters()), list(self.behavior.critic.parameters()), config.behavior.slow_rate
+            )
+        metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()} | statistics
+        return self.latents(latent.state, latent.z), metrics
+
+    def _batch(self, rows: dict[str, Tensor]) -> Batch:
+        """Rows (B, 1 + T, ...) -> the T steps to learn from. The action of the row before led to each step."""
+        later = {key: value[:, 1:] for key, value in rows.items()}
+        return Batch(
+            {key: later[key] for key in self.observations},
+            self.action.encode(rows["action"][:, :-1]),
+            later["reward"], later["is_first"], later["is_last"], later["is_terminal"],
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _imagine(self, start: Latent) -> Imagined:
+        """Act in imagination from every state of a batch, (B, T, ...): H steps from N = B * T states."""
+        horizon, model = self.config.behavior.imagination_horizon, self.frozen_world_model.module
+        state = {key: value.detach().flatten(0, 1) for key, value in start.state.items()}
+        h, z = start.h.detach().flatten(0, 1), start.z.detach().flatten(0, 1)
+        action_noise = self.action.noise((horizon, h.shape[0]), self.device)
+        uniform = torch.rand(horizon, h.shape[0], model.rssm.groups, device=self.device)
+        features, actions = [], []
+        for t in range(horizon):
+            feature, action, (state, h, z) = self._imagine_step(state, h, z, action_noise[t], uniform[t])
+            features.append(feature)
+            actions.append(action)
+        features.append(model.rssm.feature(h, z, self.dtype))
+        stacked = torch.stack(features)
+        reward = model.reward.mean(model.reward(stacked))
+        return Imagined(stacked, torch.stack(actions), reward, model.continuation.probability(stacked))
+
+    def _imagined_step(
+        self, state: State, h: Tensor, z: Tensor, action_noise: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Latent]:
+        rssm = self.frozen_world_model.module.rssm
+        feature = rssm.feature(h, z, self.dtype)
+        action = self.frozen_actor.module(feature).sample(action_noise)
+        return feature, action, rssm.imagine_step(state, z, action, uniform, self.dtype)
+
+    # ---- keeping ----------------------------------------------------------------------------------------------
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Learned numbers of each part; the slow critic is a copy and does not count."""
+        model = self.world_model
+        parts = {
+            "encoder": model.encoder, "dynamics": model.rssm, "decoder": model.decoder, "reward": model.reward,
+            "continuation": model.continuation, "actor": self.behavior.actor, "critic": self.behavior.critic,
+        }  # fmt: skip
+        return {name: parameter_count(module) for name, module in parts.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that learning changes."""
+        modules = {name: module.state_dict() for name, module in self._modules().items()}
+        return modules | {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state, in place."""
+        for name, module in self._modules().items():
+            module.load_state_dict(state[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+        self.frozen_world_model.refresh()
+        self.frozen_actor.refresh()
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        return {
+            "world_model": self.world_model,
+            "behavior": self.behavior,
+            "slow_critic": self.slow_critic,
+            "normalizer": self.normalizer,
+        }
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries called `prefix/...`, without the prefix."""
+    return {key.removeprefix(f"{prefix}/"): value for key, value in tensors.items() if key.startswith(f"{prefix}/")}
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function

@@ -1,0 +1,186 @@
+"""The actor and the critic, trained on what the world model imagines and on what really happened.
+
+Time runs t = 0..H: states 0 are inferred from real experience, states 1..H are imagined; action t leads from state t to
+state t + 1, and reward t is what arriving at state t gave. Imagination is laid out as (H + 1, N, ...).
+
+Source: Hafner et al., "Mastering diverse control tasks through world models" (Nature, 2025).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from agent import config as configuration
+from agent.distributions import CategoricalPolicy, NormalPolicy, Policy
+from agent.networks import MLP, Linear
+from agent.spaces import Categories, Space
+from agent.world_model.heads import TwoHotHead
+
+ACTOR_OUTPUT_SCALE = 0.01  # first policies are near the middle of the action space
+
+
+class Actor(nn.Module):
+    """Features -> a distribution over actions."""
+
+    def __init__(self, feature_size: int, space: Space, units: int, layers: int):
+        super().__init__()
+        self.space = space
+        self.mlp = MLP(feature_size, units, layers)
+        outputs = 1 if isinstance(space, Categories) else 2
+        self.outputs = nn.ModuleList(
+            Linear(units, space.width, scale=ACTOR_OUTPUT_SCALE) for _ in range(outputs)
+        )
+
+    def forward(self, feature: Tensor) -> Policy:
+        """Features (..., F) -> a policy over actions (..., A)."""
+        hidden = self.mlp(feature)
+        outputs = [output(hidden) for output in self.outputs]
+        if isinstance(self.space, Categories):
+            return CategoricalPolicy.from_output(outputs[0], self.space.sizes)
+        return NormalPolicy.from_output(*outputs)
+
+
+class Behavior(nn.Module):
+    """Actor and critic."""
+
+    def __init__(self, feature_size: int, action: Space, config: configuration.Config):
+        super().__init__()
+        heads = config.heads
+        self.actor = Actor(feature_size, action, heads.units, heads.actor_layers)
+        self.critic = TwoHotHead(feature_size, heads.units, heads.critic_layers, heads.bins)
+
+
+def lambda_return(
+    reward: Tensor, live: Tensor, bootstrap: Tensor, last: Tensor, return_lambda: float
+) -> Tensor:
+    """Returns that mix all horizons, R_t for t = 0..H-1, from arrays (H + 1, ...) to (H, ...).
+
+        R_H = b_H        R_t = r_{t+1} + live_{t+1} * [(1 - k_{t+1}) * b_{t+1} + k_{t+1} * R_{t+1}]
+        k = (1 - last) * lambda
+
+    Args:
+        reward: r, received on arriving at each state.
+        live: the discount, zero where the state is terminal.
+        bootstrap: b, what the critic expects from each state on.
+        last: true where an episode ends, so that what follows belongs to another one.
+        return_lambda: how much longer horizons count.
+    """
+    keep = (1 - last.to(reward.dtype)) * return_lambda
+    interim = reward + live * (1 - keep) * bootstrap
+    decay = live * keep
+    value = bootstrap[-1]
+    returns = []
+    for t in range(reward.shape[0] - 1, 0, -1):
+        value = interim[t] + decay[t] * value
+        returns.append(value)
+    return torch.stack(returns[::-1])
+
+
+class ReturnNormalizer(nn.Module):
+    """Divides advantages by the range of returns, never by less than 1: small returns are left small.
+
+    The range is between two percentiles, each an exponential moving average without bias correction.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, config: configuration.Behavior):
+        super().__init__()
+        self.rate, self.percentiles = config.return_rate, (config.return_low, config.return_high)
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, returns: Tensor) -> Tensor:
+        """Take in returns of any shape; gives the scale to divide by, a number of at least 1."""
+        ordered = returns.flatten().sort().values
+        for average, percentile in zip((self.low, self.high), self.percentiles, strict=True):
+            place = percentile / 100 * (ordered.shape[0] - 1)
+            below = int(place)
+            above = min(below + 1, ordered.shape[0] - 1)
+            average.lerp_(torch.lerp(ordered[below], ordered[above], place - below), self.rate)
+        return (self.high - self.low).clamp(min=1)
+
+
+class Imagined(NamedTuple):
+    """What imagination gives to learn from; nothing here carries gradients."""
+
+    feature: Tensor  # (H + 1, N, F)
+    action: Tensor  # (H, N, A)
+    reward: Tensor  # (H + 1, N)
+    continuation: Tensor  # (H + 1, N), discount included
+
+
+class BehaviorLoss(NamedTuple):
+    """Losses (H, N) and what else came out."""
+
+    losses: dict[str, Tensor]
+    returns: Tensor  # (H, N)
+    statistics: dict[str, Tensor]
+
+
+def imagination_loss(
+    behavior: Behavior, slow_critic: TwoHotHead, normalizer: ReturnNormalizer, imagined: Imagined, config: configuration.Behavior
+) -> BehaviorLoss:  # fmt: skip
+    """REINFORCE with entropy for the actor, two-hot regression to lambda-returns and to the slow critic for the critic."""
+    logits = behavior.critic(imagined.feature)
+    value = behavior.critic.mean(logits).detach()  # (H + 1, N)
+    weight = imagined.continuation.cumprod(0)[:-1]
+    never = torch.zeros_like(imagined.continuation)
+    returns = lambda_return(imagined.reward, imagined.continuation, value, never, config.return_lambda)
+    scale = normalizer.update(returns)
+    advantage = (returns - value[:-1]) / scale
+
+    policy = behavior.actor(imagined.feature[:-1])
+    entropy = policy.entropy()
+    actor = -weight * (advantage * policy.log_prob(imagined.action) + config.entropy * entropy)
+    critic = weight * critic_loss(
+        behavior.critic, slow_critic, imagined.feature[:-1], logits[:-1], returns, config.slow_regularizer
+    )
+    statistics = {
+        "imagined_reward": imagined.reward.mean(),
+        "imagined_return": returns.mean(),
+        "imagined_value": value.mean(),
+        "imagined_length": weight.sum(0).mean(),
+        "return_scale": scale,
+        "policy_entropy": entropy.mean(),
+        "advantage_size": advantage.abs().mean(),
+    }
+    statistics = {key: number.detach() for key, number in statistics.items()}
+    return BehaviorLoss({"actor": actor, "critic": critic}, returns, statistics)
+
+
+def critic_loss(
+    critic: TwoHotHead, slow_critic: TwoHotHead, feature: Tensor, logits: Tensor, returns: Tensor, regularizer: float
+) -> Tensor:  # fmt: skip
+    """Cross-entropy (...) of the critic's logits (..., bins) with returns (...) and with the slow critic's mean."""
+    with torch.no_grad():
+        slow = slow_critic.mean(slow_critic(feature))
+    return critic.loss(logits, returns) + regularizer * critic.loss(logits, slow)
+
+
+def replay_value_loss(
+    behavior: Behavior, slow_critic: TwoHotHead, feature: Tensor, reward: Tensor, last: Tensor, terminal: Tensor,
+    bootstrap: Tensor, config: configuration.Behavior,
+) -> Tensor:  # fmt: skip
+    """The critic on what really happened, (T - 1, B); its gradient reaches the world model through `feature`.
+
+    Args:
+        behavior: holds the critic.
+        slow_critic: the slow copy of it.
+        feature: [h, z] of the real sequence (T, B, F), with gradients.
+        reward: (T, B).
+        last: (T, B).
+        terminal: (T, B).
+        bootstrap: the imagined return that starts at each state (T, B).
+        config: lambda, discount, regulariser.
+    """
+    live = (~terminal).float() * (1 - 1 / config.discount_horizon)
+    returns = lambda_return(reward, live, bootstrap, last, config.return_lambda)
+    logits = behavior.critic(feature[:-1])
+    loss = critic_loss(
+        behavior.critic, slow_critic, feature[:-1].detach(), logits, returns, config.slow_regularizer
+    )
+    return (~last[:-1]).float() * loss

@@ -1,0 +1,97 @@
+"""What all scripts share: their flags, and how a user's mistake ends them."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from agent import config as configuration
+from agent.config import Config
+from agent.errors import UserError
+from envs.errors import EnvError
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "env": {"metavar": "NAME", "help": "preset in configs/env/, dmc_<domain>_<task> or gym_<Id>"},
+    "core": {"metavar": "NAME", "help": "recurrent core, a file in configs/core/"},
+    "size": {
+        "metavar": "NAME",
+        "help": "1m 12m 25m 50m 100m 200m 400m debug, or auto: 12m on cuda and 1m on cpu",
+    },
+    "steps": {"metavar": "N", "help": "length of training in environment frames, as 500000 or 5e5"},
+    "seed": {"metavar": "N", "help": "seed of weights, environments, replay and actions"},
+    "logdir": {
+        "metavar": "DIR",
+        "type": Path,
+        "help": "folder of the run; one that holds a run resumes it",
+    },
+    "device": {"metavar": "NAME", "help": "auto, cpu or cuda"},
+    "config": {"metavar": "FILE", "type": Path, "help": "your own YAML file, laid over configs/"},
+    "set": {
+        "metavar": "key=value",
+        "nargs": "*",
+        "action": "extend",
+        "default": [],
+        "help": "any key of configs/default.yaml, as in rssm.posterior=observation train.ratio=256",
+    },
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with exit status 2."""
+        self.exit(2, f"{self.prog}: {message}; --help shows what there is\n")
+
+
+def make_parser(description: str, examples: Sequence[str], flags: Sequence[str] = tuple(FLAGS)) -> Parser:
+    """A parser with the shared flags, to which a script adds its own.
+
+    Args:
+        description: what the script does.
+        examples: complete command lines, shown under the flags.
+        flags: names of the shared flags that mean something to the script.
+    """
+    parser = Parser(
+        description=description,
+        epilog="\n  ".join(["examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for flag in flags:
+        parser.add_argument(f"--{flag}", **FLAGS[flag])
+    return parser
+
+
+def config_from_arguments(arguments: argparse.Namespace) -> Config:
+    """The configuration that the shared flags ask for; a size chosen by `auto` is told on stderr.
+
+    Raises:
+        UserError: something is missing, unknown or not allowed.
+    """
+    given: dict[str, Any] = {flag: getattr(arguments, flag, None) for flag in FLAGS}
+    numbers = {
+        flag: None if given[flag] is None else configuration.parse_value(given[flag], f"--{flag}")
+        for flag in ("steps", "seed")
+    }
+    return configuration.resolve(
+        given["env"],
+        given["core"],
+        given["size"],
+        device=given["device"],
+        settings=given["set"] or (),
+        file=given["config"],
+        notify=lambda line: print(line, file=sys.stderr),
+        **numbers,
+    )
+
+
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and exit: with status 0, or 2 and a message on stderr for a user's mistake."""
+    try:
+        main()
+    except (UserError, EnvError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,514 @@
+"""The configuration: YAML files and command-line values, overlaid and validated."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from agent.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _whole(value: Any) -> Any:
+    """5e5 is a float to YAML, and an integer to everyone else."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("it should be odd, as zero has a bin of its own")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Percentile = Annotated[float, Field(ge=0, le=100)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Env:
+    """Section `env`."""
+
+    name: str
+    amount: PositiveInt
+    parallel: bool
+    action_repeat: PositiveInt
+    time_limit: PositiveInt | None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Rssm:
+    """Section `rssm`."""
+
+    posterior: Literal["recurrent", "observation"]
+    stoch: PositiveInt
+    classes: Annotated[int, Field(ge=2)]
+    hidden: PositiveInt
+    prior_layers: PositiveInt
+    posterior_layers: PositiveInt
+    unimix: ShareBelowOne
+
+
+@dataclass(frozen=True, config=STRICT)
+class Heads:
+    """Section `heads`."""
+
+    units: PositiveInt
+    encoder_layers: PositiveInt
+    decoder_layers: PositiveInt
+    reward_layers: PositiveInt
+    continuation_layers: PositiveInt
+    actor_layers: PositiveInt
+    critic_layers: PositiveInt
+    bins: Annotated[int, Field(ge=3), AfterValidator(_odd)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Loss:
+    """Section `loss`."""
+
+    free_nats: NonNegative
+    dynamics: NonNegative
+    representation: NonNegative
+    reconstruction: NonNegative
+    reward: NonNegative
+    continuation: NonNegative
+    actor: NonNegative
+    critic: NonNegative
+    replay_value: NonNegative
+
+
+@dataclass(frozen=True, config=STRICT)
+class Behavior:
+    """Section `behavior`."""
+
+    imagination_horizon: PositiveInt
+    discount_horizon: Annotated[float, Field(gt=1)]
+    return_lambda: Share
+    entropy: NonNegative
+    return_rate: Rate
+    return_low: Percentile
+    return_high: Percentile
+    slow_rate: Rate
+    slow_regularizer: NonNegative
+
+    @model_validator(mode="after")
+    def _check(self) -> "Behavior":
+        if self.return_low >= self.return_high:
+            raise UserError(
+                f"behavior.return_low: {self.return_low} is not allowed; "
+                f"it should be less than behavior.return_high, which is {self.return_high}"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class Optimizer:
+    """Section `optimizer`."""
+
+    lr: Positive
+    agc: Positive
+    beta1: ShareBelowOne
+    beta2: ShareBelowOne
+    eps: Positive
+    warmup: Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Train:
+    """Section `train`."""
+
+    batch_size: PositiveInt
+    batch_length: Annotated[int, Field(ge=2)]
+    ratio: Annotated[int | float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Replay:
+    """Section `replay`."""
+
+    capacity: Count
+    device: Literal["auto", "cpu", "cuda"]
+    prefill: Count
+    online_queue: bool
+
+
+@dataclass(frozen=True, config=STRICT)
+class Log:
+    """Section `log`."""
+
+    every: Count
+    tensorboard: bool
+
+
+@dataclass(frozen=True, config=STRICT)
+class Checkpoint:
+    """Section `checkpoint`."""
+
+    minutes: Positive
+    keep: PositiveInt
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    """A complete configuration; `configs/default.yaml` says what each key means.
+
+    `core` is an instance of the chosen core's own `Config`, with the attribute `name` added.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    steps: Count
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16"]
+    compile: Literal["auto", "eager", "graph", "full"]
+    size: str
+    env: Env
+    core: Any
+    rssm: Rssm
+    heads: Heads
+    loss: Loss
+    behavior: Behavior
+    optimizer: Optimizer
+    train: Train
+    replay: Replay
+    log: Log
+    checkpoint: Checkpoint
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        rows = self.env.amount * 2 * (self.train.batch_length + 1)
+        if self.replay.capacity < rows:
+            raise UserError(
+                f"replay.capacity: {self.replay.capacity} is not allowed; it should be at least {rows}, "
+                f"two sequences of train.batch_length + 1 steps for each of {self.env.amount} environments"
+            )
+        if self.replay.prefill > self.replay.capacity:
+            raise UserError(
+                f"replay.prefill: {self.replay.prefill} is not allowed; "
+                f"it should be at most replay.capacity, which is {self.replay.capacity}"
+            )
+        return self
+
+
+SECTIONS: dict[str, type[Any]] = {
+    field.name: field.type
+    for field in dataclasses.fields(Config)
+    if isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
+}
+CHANGEABLE = ("steps", "device", "compile", "log", "checkpoint")
+"""The keys and sections that may differ when a run is resumed."""
+
+Values = dict[str, Any]
+"""Settings by dotted key, as in `{"rssm.unimix": 0.01}`."""
+
+
+def resolve(
+    env: str | None = None,
+    core: str | None = None,
+    size: str | None = None,
+    *,
+    device: str | None = None,
+    steps: Any = None,
+    seed: Any = None,
+    settings: Sequence[str] = (),
+    file: Path | None = None,
+    notify: Callable[[str], None] = lambda line: None,
+) -> Config:
+    """The configuration that the files of `configs/`, the user's own file and the command line give together.
+
+    Args:
+        env: a preset of `configs/env/` or a full name; None leaves this choice, as any other, to the files.
+        core: a file of `configs/core/`.
+        size: a file of `configs/size/`, or "auto".
+        device: "auto", "cpu" or "cuda".
+        steps: length of training in environment frames.
+        seed: the seed.
+        settings: "key=value" with a dotted key and a value in YAML.
+        file: the user's own YAML file.
+        notify: told in one line which size "auto" stands for.
+
+    Raises:
+        UserError: something is missing, unknown or not allowed.
+    """
+    default = _read(CONFIGS / "default.yaml")
+    flags = {"env.name": env, "core.name": core, "size": size, "device": device, "steps": steps, "seed": seed}
+    own = [
+        ("" if file is None else str(file), {} if file is None else _read(file)),
+        ("--set", _parse_settings(settings)),
+        ("", {key: value for key, value in flags.items() if value is not None}),
+    ]
+    env_name = _last("env.name", default, *(values for _, values in own))
+    env_layers = [(str(path), _read(path)) for path in _env_files(env_name)]
+    below = [default] + [values for _, values in env_layers + own]
+
+    core_name = _last("core.name", *below)
+    _check_choice("core.name", core_name, _names("core"))
+    size_name = _last("size", *below)
+    _check_choice("size", size_name, [*_names("size"), "auto"])
+    if size_name == "auto":
+        device_name = _device(_last("device", *below))
+        size_name = "12m" if device_name == "cuda" else "1m"
+        notify(f"size: {size_name}, as auto chooses on {device_name}")
+    size_layer = (f"size {size_name}", _read(CONFIGS / "size" / f"{size_name}.yaml"))
+    core_layer = (f"core {core_name}", _read_core(core_name, size_name))
+
+    chosen = {"env.name": env_name, "core.name": core_name, "size": size_name}
+    for _, values in env_layers:
+        chosen |= {key: value for key, value in values.items() if key == "env.name"}
+    known = _known_keys(core_name)
+    result: Values = {}
+    for source, values in [
+        ("default.yaml", default),
+        *env_layers,
+        size_layer,
+        core_layer,
+        *own,
+        ("", chosen),
+    ]:
+        _check_keys(values, known, source)
+        result |= values
+    return _validate(result)
+
+
+def load(path: Path) -> Config:
+    """The configuration that `dump` wrote to a file.
+
+    Raises:
+        UserError: the file is missing or is no complete, valid configuration.
+    """
+    values = _read(path)
+    name = values.get("core.name")
+    _check_choice("core.name", name, list(_cores()))
+    _check_keys(values, _known_keys(str(name)), str(path))
+    return _validate(values)
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML text; `load` gives an equal one back."""
+    yaml = YAML()
+    text = io.StringIO()
+    yaml.dump(_nested(config), text)
+    return text.getvalue()
+
+
+def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """The dotted keys whose values differ, with both values; a key that one side lacks is None there."""
+    left, right = dict(_flatten(_nested(a))), dict(_flatten(_nested(b)))
+    pairs = [(key, left.get(key), right.get(key)) for key in left | right]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def may_change_on_resume(key: str) -> bool:
+    """Whether a run may go on with another value of this dotted key."""
+    return key.split(".")[0] in CHANGEABLE
+
+
+def parse_value(text: str, name: str) -> Any:
+    """A value written in YAML, as on the command line; `name` is what an error calls it."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{name}: {_shown(text)} is not valid YAML ({_problem(error)})") from None
+
+
+def _parse_settings(settings: Sequence[str]) -> Values:
+    values: Values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {_line(setting)}: write it as key=value, for example rssm.unimix=0.01")
+        values |= _flatten({key.strip(): parse_value(text, f"--set {_line(key)}")})
+    return values
+
+
+def _read(path: Path) -> Values:
+    """The settings of a YAML file, by dotted key."""
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, Mapping | None):
+            raise UserError(f"{path}: this is not a configuration; it should consist of lines `key: value`")
+        return dict(_flatten(content or {}))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}{_place(error)}: this is not valid YAML ({_problem(error)})") from None
+
+
+def _place(error: Exception) -> str:
+    mark = error.problem_mark or error.context_mark if isinstance(error, MarkedYAMLError) else None
+    return "" if mark is None else f", line {mark.line + 1}"
+
+
+def _problem(error: Exception) -> str:
+    return _line(error.problem if isinstance(error, MarkedYAMLError) and error.problem else str(error))
+
+
+def _read_core(name: str, size: str) -> Values:
+    """The settings of a core's file, with those for the chosen size laid over them."""
+    path = CONFIGS / "core" / f"{name}.yaml"
+    values = _read(path)
+    sizes: dict[str, Values] = {}
+    for key in [key for key in values if key.startswith("sizes.")]:
+        _, of_size, *core_key = key.split(".")
+        of_core = sizes.setdefault(of_size, {})
+        value = values.pop(key)
+        if core_key:  # a size may also say nothing, as in `1m: {}`
+            of_core[".".join(["core", *core_key])] = value
+    if size not in sizes:
+        raise UserError(f"size: {size} is not one of core {name}'s; choose from {', '.join(sizes)}")
+    return values | sizes[size]
+
+
+def _names(folder: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
+
+
+def _env_files(name: Any) -> list[Path]:
+    """The suite's file and, where `name` is a preset, the preset's."""
+    presets = [preset for preset in _names("env") if "_" in preset]
+    suites = [suite for suite in _names("env") if "_" not in suite]
+    if name is None:
+        raise UserError(f"env.name is missing; give one with --env, for example --env {presets[0]}")
+    suite, _, rest = name.partition("_") if isinstance(name, str) else ("", "", "")
+    if suite not in suites or not rest:
+        forms = ", ".join(f"{suite}_..." for suite in suites)
+        raise UserError(
+            f"env.name: {_shown(name)} is unknown; the nearest preset is {_nearest(str(name), presets)}, "
+            f"other names look like {forms}"
+        )
+    files = [suite, name] if name in presets else [suite]
+    return [CONFIGS / "env" / f"{file}.yaml" for file in files]
+
+
+def _last(key: str, *layers: Values) -> Any:
+    """The value that the last layer to have one gives."""
+    return next((layer[key] for layer in reversed(layers) if layer.get(key) is not None), None)
+
+
+def _device(name: Any) -> str:
+    """The device to run on: "cpu" or "cuda"."""
+    import torch  # takes seconds, which --help should not
+
+    cuda = torch.cuda.is_available()
+    return ("cuda" if cuda else "cpu") if name == "auto" else str(name)
+
+
+def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        nearest, known = _nearest(str(value), choices), ", ".join(choices)
+        raise UserError(
+            f"{key}: {_shown(value)} is unknown; the nearest is {nearest}, the choices are {known}"
+        )
+
+
+def _check_keys(values: Values, known: Sequence[str], source: str) -> None:
+    for key in values:
+        if key in SECTIONS or key == "core":
+            raise UserError(f"{source}: {key} is a section; set its keys, as in {_nearest(key + '.', known)}")
+        if key not in known:
+            raise UserError(f"{source}: unknown key {_line(key)}; the nearest is {_nearest(key, known)}")
+
+
+def _nearest(word: str, choices: Sequence[str]) -> str:
+    """The choice most like `word`, as a whole or in what follows its last dot."""
+
+    def likeness(choice: str) -> float:
+        pairs = ((word, choice), (word.split(".")[-1], choice.split(".")[-1]))
+        return max(SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return max(choices, key=likeness)
+
+
+def _cores() -> dict[str, Any]:
+    from agent.cores.core import registered_cores  # imports torch, which --help should not
+
+    return registered_cores()
+
+
+@cache
+def _core_section(name: str) -> type[Any]:
+    """The core's own `Config` with the key `name`."""
+    base: Any = _cores()[name].Config
+
+    @dataclass(frozen=True, config=STRICT, kw_only=True)
+    class Core(base):
+        name: str
+
+    return Core
+
+
+def _known_keys(core: str) -> list[str]:
+    sections = SECTIONS | {"core": _core_section(core)}
+    top = [field.name for field in dataclasses.fields(Config) if field.name not in sections]
+    return top + [f"{name}.{field.name}" for name in sections for field in dataclasses.fields(sections[name])]
+
+
+def _validate(values: Values) -> Config:
+    """The configuration of these settings, whose keys are all known."""
+    parts: dict[str, Any] = {}
+    for name, section in (SECTIONS | {"core": _core_section(values["core.name"])}).items():
+        own = {key.split(".")[1]: value for key, value in values.items() if key.startswith(f"{name}.")}
+        parts[name] = _build(section, own, name)
+    return _build(Config, parts | {key: value for key, value in values.items() if "." not in key}, "")
+
+
+def _build(section: type[Any], values: Values, name: str) -> Any:
+    try:
+        return section(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+    key = ".".join(str(part) for part in (name, *first["loc"][:1]) if part)
+    if first["type"] == "missing":
+        raise UserError(f"{key} is missing; give it a value in the file or with --set {key}=...")
+    if first["type"] in ("value_error", "assertion_error"):
+        shown = f"{_shown(first['input'])} is not allowed, " if first["loc"] else ""
+        raise UserError(f"{key}: {shown}{_line(str(first['ctx']['error']))}")
+    raise UserError(
+        f"{key}: {_shown(first['input'])} is not allowed, {_line(first['msg']).replace('Input', 'it', 1)}"
+    )
+
+
+def _nested(config: Config) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    values["core"] = {"name": config.core.name} | values["core"]
+    return values
+
+
+def _flatten(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _shown(value: Any) -> str:
+    """A value as the user may have written it, on one line."""
+    return json.dumps(value, default=str, ensure_ascii=False)

@@ -1,0 +1,125 @@
+"""A loop over time whose gradient is taken in two parts, because that is several times cheaper.
+
+Plain autograd through T steps forms, at every step, the gradient of every weight from a handful of rows and adds it
+to a sum: T products that are limited by memory traffic, and T additions as large as the weights. Here the chain
+of steps backward in time carries the gradient of the memory alone. Once it is known what arrives at each step, one
+batched call over all T x B rows gives the gradients of weights and inputs. The result is the same as plain
+autograd's, to rounding.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+Step = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
+"""(memory (B, ...), inputs (B, ...)) -> (memory after the step (B, ...), outputs (B, ...)), rows independent."""
+
+
+def scan(
+    chain: Step, batched: Step, parameters: Tensors, carry: Tensors, inputs: Tensors
+) -> tuple[Tensors, Tensors]:
+    """Run a step over time.
+
+    Args:
+        chain: the step as it runs through time, with the gradient of its memory.
+        batched: the same function with the gradients of weights and inputs; called with T * B rows in backward.
+        parameters: what `batched` learns.
+        carry: memory before the first step, tensors (B, ...).
+        inputs: tensors (T, B, ...).
+
+    Returns:
+        The memory after each step (T, B, ...) and the outputs of each step (T, B, ...).
+    """
+    record = torch.is_grad_enabled()
+    flat = _Scan.apply(chain, batched, record, len(carry), len(inputs), *carry, *inputs, *parameters)
+    return tuple(flat[: len(carry)]), tuple(flat[len(carry) :])
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, chain: Step, batched: Step, record: bool, n_carry: int, n_inputs: int, *tensors: Tensor
+    ) -> Tensors:
+        carry = tuple(tensor.detach() for tensor in tensors[:n_carry])
+        inputs = tuple(tensor.detach() for tensor in tensors[n_carry : n_carry + n_inputs])
+        ctx.batched, ctx.n_carry, ctx.n_inputs = batched, n_carry, n_inputs
+        ctx.save_for_backward(*tensors)
+        ctx.tape = []
+        carries, outputs = [], []
+        for now in zip(*(tensor.unbind(0) for tensor in inputs), strict=True):
+            if record:
+                carry = tuple(tensor.detach().requires_grad_() for tensor in carry)
+            with torch.set_grad_enabled(record):
+                after, output = chain(carry, now)
+            if record:
+                ctx.tape.append((carry, (*after, *output)))
+            carry = after
+            carries.append([tensor.detach() for tensor in after])
+            outputs.append([tensor.detach() for tensor in output])
+        return (*_stack(carries), *_stack(outputs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if not ctx.tape:
+            raise RuntimeError("scan: backward called twice, or forward ran without gradients")
+        n_carry, n_inputs = ctx.n_carry, ctx.n_inputs
+        tensors = ctx.saved_tensors
+        inputs, parameters = tensors[n_carry : n_carry + n_inputs], tensors[n_carry + n_inputs :]
+        arriving, carry_grad = _chain_backward(ctx.tape, grads, n_carry)
+        before = _stack([carry for carry, _ in ctx.tape])
+        ctx.tape = []
+
+        wanted = ctx.needs_input_grad[5 + n_carry : 5 + n_carry + n_inputs]
+        with torch.enable_grad():
+            rows = tuple(
+                tensor.detach().flatten(0, 1).requires_grad_(want)
+                for tensor, want in zip(inputs, wanted, strict=True)
+            )
+            after, output = ctx.batched(tuple(t.detach().flatten(0, 1) for t in before), rows)
+        sources = [row for row in rows if row.requires_grad]
+        found = iter(_grad((*after, *output), [*sources, *parameters], arriving))
+        input_grads = [
+            next(found).view_as(tensor) if row.requires_grad else None
+            for tensor, row in zip(inputs, rows, strict=True)
+        ]
+        return (None, None, None, None, None, *carry_grad, *input_grads, *found)
+
+
+def _chain_backward(
+    tape: list[tuple[Tensors, Tensors]], grads: Tensors, n_carry: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Carry the gradient of the memory from the last step to before the first.
+
+    Returns all that arrives at each step's memory and outputs, as rows (T * B, ...), and the gradient of the memory
+    before the first step (B, ...).
+    """
+    arriving: list[list[Tensor]] = []
+    carry_grad: list[Tensor] | None = None
+    for t in reversed(range(len(tape))):
+        carry, results = tape[t]
+        now = [grad[t] for grad in grads]
+        if carry_grad is not None:
+            now[:n_carry] = [a + b for a, b in zip(now[:n_carry], carry_grad, strict=True)]
+        arriving.append(now)
+        carry_grad = _grad(results, carry, now)
+    assert carry_grad is not None
+    return [tensor.flatten(0, 1) for tensor in _stack(arriving[::-1])], carry_grad
+
+
+def _grad(results: Sequence[Tensor], sources: Sequence[Tensor], arriving: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of `results` at `sources`, zero where there is no path."""
+    pairs = [(result, grad) for result, grad in zip(results, arriving, strict=True) if result.requires_grad]
+    grads = torch.autograd.grad(
+        [result for result, _ in pairs], list(sources), [grad for _, grad in pairs], allow_unused=True
+    )
+    return [
+        torch.zeros_like(source) if grad is None else grad for grad, source in zip(grads, sources, strict=True)
+    ]
+
+
+def _stack(steps: Sequence[Sequence[Tensor]]) -> Tensors:
+    """T lists of tensors (B, ...) -> tensors (T, B, ...)."""
+    return tuple(torch.stack(list(column)) for column in zip(*steps, strict=True))

@@ -1,0 +1,94 @@
+"""A trained agent on its environment: returns of whole episodes, and a video of one."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import envs
+from agent import checkpoint, config as configuration
+from agent.agent import Agent
+from agent.errors import UserError
+from agent.training import choose_training_device, tensors
+from envs.streams import Streams
+
+
+def load(logdir: str | Path, device: str = "auto") -> Agent:
+    """The agent of the newest checkpoint in `logdir`, ready to act.
+
+    Raises:
+        UserError: there is no run or no checkpoint, or it is damaged.
+    """
+    logdir = Path(logdir)
+    if not (logdir / "config.yaml").exists():
+        raise UserError(f"{logdir} holds no run (no config.yaml); give the --logdir of a training run")
+    path = checkpoint.latest(logdir / "checkpoints")
+    if path is None:
+        raise UserError(f"{logdir} holds no checkpoint yet; let its training run a while, or stop it with Ctrl-C")
+    config = dataclasses.replace(configuration.load(logdir / "config.yaml"), device=device, compile="eager")
+    saved = checkpoint.load(path)
+    env = envs.make(config.env.name, action_repeat=config.env.action_repeat, time_limit=config.env.time_limit)
+    agent = Agent(env.observation_space, env.action_space, config, choose_training_device(config))
+    env.close()
+    agent.load_state_dict(saved["agent"])
+    return agent
+
+
+def evaluate(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
+    """Play whole episodes with the most likely action of each step, all side by side.
+
+    Returns:
+        `mean`, `std` (of the population), `returns` and `lengths` (agent steps) of the episodes.
+    """
+    env = agent.config.env
+    torch.manual_seed(seed)  # the posterior is sampled, also when the action is not
+    streams = Streams(
+        env.name, episodes, parallel=False, seed=seed, action_repeat=env.action_repeat, time_limit=env.time_limit
+    )
+    results: dict[int, tuple[float, int]] = {}
+    try:
+        carry, row = agent.initial(episodes), streams.reset()
+        while len(results) < episodes:
+            values = tensors(row)
+            action, carry = agent.act(values, values["is_first"], carry, mode=True)
+            streams.send(action.cpu().numpy())
+            row = streams.receive()
+            for index, episode_return, length in streams.finished:
+                results.setdefault(index, (episode_return, length))
+    finally:
+        streams.close()
+    returns = [results[index][0] for index in range(episodes)]
+    lengths = [results[index][1] for index in range(episodes)]
+    return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns, "lengths": lengths}
+
+
+def record(agent: Agent, file: Path, seed: int = 0) -> float:
+    """Play one episode with the most likely actions and write it as a video; gives its return.
+
+    Raises:
+        UserError: the environment does not render, or this kind of file cannot be written.
+    """
+    import imageio.v3 as imageio
+
+    settings = agent.config.env
+    env = envs.make(
+        settings.name, action_repeat=settings.action_repeat, time_limit=settings.time_limit, render=True
+    )
+    torch.manual_seed(seed)
+    carry, total, over, first = agent.initial(1), 0.0, False, True
+    observation, _ = env.reset(seed=seed)
+    frames = [env.render()]
+    while not over:
+        values = tensors({key: np.asarray(value)[None] for key, value in observation.items()})
+        action, carry = agent.act(values, torch.tensor([first]), carry, mode=True)
+        observation, reward, terminated, truncated, _ = env.step(action[0].cpu().numpy())
+        total, over, first = total + float(reward), terminated or truncated, False
+        frames.append(env.render())
+    env.close()
+    try:
+        imageio.imwrite(file, np.stack(frames), fps=30)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"--video {file}: {error}; use a .gif, or pip install 'imageio[ffmpeg]' for .mp4") from error
+    return total

@@ -1,0 +1,125 @@
+"""Layers that every part of the agent is made of: Linear -> RMSNorm -> SiLU, in DreamerV3's initialisation.
+
+Precision follows the input: a layer computes in the dtype of what it is given and casts its fp32 weights to it, so
+that only the places where numbers enter the model choose between fp32 and bf16. Norms are computed in fp32.
+"""
+
+import copy
+import math
+from typing import Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# A normal truncated to [-2, 2] has standard deviation 0.8796; dividing by it restores the variance that was asked for.
+TRUNCATED_NORMAL_CORRECTION = 1.1368
+RMS_EPS = 1e-4
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def initialize_(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
+    """Fill `weight` in place from a normal truncated at two standard deviations, with variance scale^2 / fan_in."""
+    with torch.no_grad():
+        nn.init.trunc_normal_(weight, 0.0, 1.0, -2.0, 2.0)
+        weight.mul_(scale * TRUNCATED_NORMAL_CORRECTION / math.sqrt(fan_in))
+
+
+class Linear(nn.Module):
+    """y = W x + b in the dtype of x: (..., in) -> (..., out)."""
+
+    def __init__(
+        self, in_size: int, out_size: int, *, scale: float = 1.0, bias: bool = True, fan_in: int | None = None
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_size, in_size))
+        self.bias = nn.Parameter(torch.zeros(out_size)) if bias else None
+        initialize_(self.weight, fan_in or in_size, scale)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class BlockLinear(nn.Module):
+    """A block-diagonal linear map, (N, in) -> (N, out): block b of the input alone makes block b of the output.
+
+    The weight lies as (blocks, in / blocks, out / blocks), the operand order of a batched product, since every other
+    layout costs a copy at each call.
+    """
+
+    def __init__(self, in_size: int, out_size: int, blocks: int, *, fan_in: int | None = None):
+        super().__init__()
+        self.blocks = blocks
+        self.weight = nn.Parameter(torch.empty(blocks, in_size // blocks, out_size // blocks))
+        self.bias = nn.Parameter(torch.zeros(out_size))
+        # The reference initialises with the full input width, not with the width that one block sees.
+        initialize_(self.weight, fan_in or in_size)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        grouped = x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)  # (g, N, in / g)
+        bias = self.bias.to(x.dtype).view(self.blocks, 1, -1)
+        return torch.baddbmm(bias, grouped, self.weight.to(x.dtype)).transpose(0, 1).flatten(-2)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in at least fp32, returned in the dtype of x."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS) * self.scale).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """Linear, RMSNorm, SiLU: (..., in) -> (..., out)."""
+
+    def __init__(self, in_size: int, out_size: int):
+        super().__init__()
+        self.linear = Linear(in_size, out_size)
+        self.norm = RMSNorm(out_size)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return F.silu(self.norm(self.linear(x)))
+
+
+class MLP(nn.Sequential):
+    """`layers` Layers of `units`: (..., in) -> (..., units)."""
+
+    def __init__(self, in_size: int, units: int, layers: int):
+        super().__init__(*(Layer(in_size if i == 0 else units, units) for i in range(layers)))
+
+
+def parameter_count(*modules: nn.Module) -> int:
+    """How many numbers are learned in all of `modules` together."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+class Frozen(Generic[M]):
+    """A twin of a module that never receives gradients, its matrices kept in the precision of the products.
+
+    Imagination, acting and the chain of gradients through time read weights and do not learn them. In fp32 the twin
+    shares the module's storage; in bf16 `refresh` casts every matrix once, instead of once at each of the 64 + 15
+    steps of an update. Vectors (biases, norm scales) are always shared.
+    """
+
+    def __init__(self, module: M, dtype: torch.dtype):
+        self.module: M = copy.deepcopy(module).requires_grad_(False)
+        self._copies: list[Tensor] = []
+        self._originals: list[Tensor] = []
+        for twin, original in zip(self.module.parameters(), module.parameters(), strict=True):
+            if original.dim() > 1 and dtype != original.dtype:
+                twin.data = original.detach().to(dtype)
+                self._copies.append(twin.data)
+                self._originals.append(original.detach())
+            else:
+                twin.data = original.data
+
+    def refresh(self) -> None:
+        """Take over the module's present weights, in place."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._originals)

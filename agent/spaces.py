@@ -1,0 +1,91 @@
+"""What an observation or an action is made of, in the two kinds that the networks know."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agent.errors import UserError
+
+
+@dataclass(frozen=True)
+class Vector:
+    """`width` real numbers: (..., width) in fp32."""
+
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one value as it is stored."""
+        return (self.width,)
+
+    dtype = torch.float32
+
+    def encode(self, value: Tensor) -> Tensor:
+        """(..., width) as stored -> the same, for the networks."""
+        return value
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        """What the networks made (..., width) -> what the environment takes (..., width)."""
+        return encoded
+
+    def noise(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Noise (*shape, width) to sample a policy with."""
+        return torch.randn(*shape, self.width, device=device)
+
+
+@dataclass(frozen=True)
+class Categories:
+    """One or several discrete choices: integers (...) or (..., k); for the networks one-hot (..., sum of sizes)."""
+
+    sizes: tuple[int, ...]
+    scalar: bool
+
+    dtype = torch.int64
+
+    @property
+    def width(self) -> int:
+        """Width of the one-hot code."""
+        return sum(self.sizes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one value as it is stored."""
+        return () if self.scalar else (len(self.sizes),)
+
+    def encode(self, value: Tensor) -> Tensor:
+        """Integers (...) or (..., k) -> one-hot (..., width) in fp32."""
+        parts = [value] if self.scalar else list(value.unbind(-1))
+        hot = [F.one_hot(part.long(), size) for part, size in zip(parts, self.sizes, strict=True)]
+        return torch.cat(hot, -1).float()
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        """One-hot (..., width) -> integers (...) or (..., k)."""
+        choices = [part.argmax(-1) for part in encoded.split(self.sizes, -1)]
+        return choices[0] if self.scalar else torch.stack(choices, -1)
+
+    def noise(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Noise (*shape, k) to sample a policy with."""
+        return torch.rand(*shape, len(self.sizes), device=device)
+
+
+Space = Vector | Categories
+
+
+def from_gymnasium(space: gymnasium.Space[Any], name: str) -> Space:
+    """The networks' view of a gymnasium space.
+
+    Raises:
+        UserError: the space is of another kind.
+    """
+    if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:
+        return Vector(space.shape[0])
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return Categories((int(space.n),), scalar=True)
+    if isinstance(space, gymnasium.spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        return Categories(tuple(int(n) for n in np.asarray(space.nvec)), scalar=False)
+    raise UserError(f"{name} has the space {space}: use a flat Box, Discrete or MultiDiscrete")

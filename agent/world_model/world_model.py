@@ -1,0 +1,76 @@
+"""The world model: encoder, RSSM, decoder and heads, and the losses that train them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from agent.config import Config
+from agent.cores import make_core
+from agent.distributions import entropy, kl_divergence
+from agent.spaces import Space
+from agent.world_model.encoder import Decoder, Encoder, Observation
+from agent.world_model.heads import ContinuationHead, TwoHotHead
+from agent.world_model.rssm import RSSM, Posterior
+
+
+class Batch(NamedTuple):
+    """T steps of B sequences, each with the action that led to it. Everything is (B, T, ...)."""
+
+    observation: Observation
+    previous_action: Tensor  # (B, T, A), one-hot where discrete
+    reward: Tensor  # received on arriving at the step
+    first: Tensor
+    last: Tensor
+    terminal: Tensor
+
+
+class WorldModel(nn.Module):
+    """What the agent believes about its environment."""
+
+    def __init__(self, observations: dict[str, Space], action: Space, config: Config):
+        super().__init__()
+        heads = config.heads
+        self.encoder = Encoder(observations, heads.units, heads.encoder_layers)
+        self.rssm = RSSM(
+            lambda input_size: make_core(config.core.name, input_size, config.core),
+            action.width, self.encoder.token_size, config.rssm,
+        )  # fmt: skip
+        size = self.rssm.feature_size
+        self.decoder = Decoder(observations, size, heads.units, heads.decoder_layers)
+        self.reward = TwoHotHead(size, heads.units, heads.reward_layers, heads.bins)
+        self.continuation = ContinuationHead(size, heads.units, heads.continuation_layers)
+        self.scales = config.loss
+        self.discount = 1 - 1 / config.behavior.discount_horizon
+
+    def losses(
+        self, batch: Batch, posterior: Posterior, feature: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses of a batch, each a (B, T) array, and statistics for the log, each a number.
+
+        Args:
+            batch: what happened.
+            posterior: the states inferred from it.
+            feature: [h, z] (B, T, F) of these states.
+        """
+        prior = self.rssm.prior_log_probs(posterior.latent.h, feature.dtype)
+        seen = posterior.log_probs
+        free = self.scales.free_nats
+        dynamics = kl_divergence(seen.detach(), prior)
+        # The same value with the gradient on the other side.
+        representation = kl_divergence(seen, prior.detach())
+        reconstruction = self.decoder.losses(feature, batch.observation)
+        losses = {
+            "dynamics": dynamics.clamp(min=free),
+            "representation": representation.clamp(min=free),
+            "reconstruction": torch.stack(list(reconstruction.values())).sum(0),
+            "reward": self.reward.loss(self.reward(feature), batch.reward),
+            # The discount is part of the target, so that imagination needs no other.
+            "continuation": self.continuation.loss(feature, (~batch.terminal).float() * self.discount),
+        }
+        statistics = {
+            "kl": dynamics.mean(),
+            "prior_entropy": entropy(prior).mean(),
+            "posterior_entropy": entropy(seen).mean(),
+        }
+        return losses, {key: value.detach() for key, value in statistics.items()}

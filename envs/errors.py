@@ -1,0 +1,34 @@
+"""The exceptions of this package: a user's mistake, and an environment that breaks while it runs."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class EnvError(Exception):
+    """A mistake of the user: its message names the thing, says what is wrong and what to do, on one line."""
+
+
+class EnvironmentFailure(EnvError):
+    """An environment raised, or its process died. The message is a summary line, then the traceback if any.
+
+    `index` is the environment's place among its streams, `name` the name it was made by.
+    """
+
+    def __init__(self, message: "str | EnvironmentFailure", index: int = 0, name: str = "") -> None:
+        """Build from a message, or from another failure: gymnasium re-raises a worker's as `type(e)(e)`."""
+        if isinstance(message, EnvironmentFailure):
+            index, name = message.index, message.name
+        super().__init__(str(message))
+        self.index: int = index
+        self.name: str = name
+
+
+def nearest(name: str, known: Iterable[str], prefix: str) -> str:
+    """Return "; did you mean <prefix>X?" for the known X closest to `name`, or nothing when none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{matches[0]}?" if matches else ""
+
+
+def one_line(text: object) -> str:
+    """Fold a message of several lines into one."""
+    return " ".join(str(text).split())

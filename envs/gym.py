@@ -1,0 +1,47 @@
+"""Any environment that gymnasium can make by its id."""
+
+import os
+
+import gymnasium
+
+from envs.errors import EnvError, nearest, one_line
+
+
+def make(task: str, *, own_time_limit: bool, render: bool) -> gymnasium.Env:
+    """Build the gymnasium id `task`, or `module:id`; without its own time limit an episode may last forever.
+
+    Raises:
+        EnvError: unknown id, missing package or module, or an environment that does not render images.
+    """
+    if render:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo tasks on a machine without a display
+    try:
+        env = gymnasium.make(
+            task,
+            max_episode_steps=None if own_time_limit else -1,
+            disable_env_checker=True,  # check_env explains more
+            render_mode="rgb_array" if render else None,
+        )
+    except gymnasium.error.UnregisteredEnv:
+        hint = nearest(task, gymnasium.registry, "gym_") or "; name its module too, as in gym_<module>:<Id>"
+        raise EnvError(f"unknown environment 'gym_{task}'{hint}") from None
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise EnvError(f"environment 'gym_{task}' misses a package: {one_line(error)}") from None
+    except ModuleNotFoundError as error:
+        package = error.name or (error.__cause__.name if isinstance(error.__cause__, ImportError) else None)
+        package = package or task.partition(":")[0]
+        raise EnvError(
+            f"environment 'gym_{task}' misses the module {package!r}; pip install {package}, "
+            "or start where Python finds it"
+        ) from None
+    except gymnasium.error.Error as error:
+        raise EnvError(f"environment 'gym_{task}' cannot be made: {one_line(error)}") from None
+    if render and env.render_mode != "rgb_array":
+        raise EnvError(f"environment 'gym_{task}' does not render images; do without rendering")
+    return env
+
+
+def preload(task: str) -> list[str]:
+    """Modules worth importing once before the processes of many environments are forked."""
+    module, colon, _ = task.partition(":")
+    return ["envs.gym", module] if colon else ["envs.gym"]

@@ -1,0 +1,266 @@
+"""Many environments as endless streams of rows, stepped in processes of their own or in this one."""
+
+import contextlib
+import functools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import wait
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+import envs
+from envs.errors import EnvError, EnvironmentFailure
+
+logger = logging.getLogger(__name__)
+
+FAREWELL = 5.0  # seconds that a step under way may take when the streams are closed
+
+Row = dict[str, np.ndarray]
+
+
+class Streams:
+    """N environments side by side, each an endless stream of rows: the next episode follows the last.
+
+    A row is a dict of the observation's entries (N, ...) and `reward` float32, `is_first`, `is_last`,
+    `is_terminal` bool, all (N,). `reward` belongs to arriving at the row and is 0 at a first one;
+    `is_terminal` marks an end by the environment's own rules, not by a time limit. The action that answers an
+    `is_last` row is ignored; the next row is the first of the next episode.
+
+    Environment i is reset with `seed + i` and then draws its own episodes: equal seeds and actions give
+    equal rows.
+
+    Attributes:
+        observation_space, action_space: of a single environment, as `envs.make` gives them.
+        amount: N.
+        finished: (index, return, length in agent steps) of every episode that ended in the newest row.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        amount: int,
+        *,
+        parallel: bool,
+        seed: int,
+        action_repeat: int = 1,
+        time_limit: int | None = None,
+    ) -> None:
+        """Make `amount` environments `name`, each in a process of its own if `parallel`.
+
+        Raises:
+            EnvError: the environment cannot be made (see `envs.make`), or `amount` is below 1.
+            EnvironmentFailure: its constructor raised something else.
+        """
+        if amount < 1:
+            raise EnvError(f"the number of environments is {amount}; give 1 or more")
+        makers = [
+            functools.partial(make_reported, name, index, action_repeat=action_repeat, time_limit=time_limit)
+            for index in range(amount)
+        ]
+        self.amount = amount
+        self.finished: list[tuple[int, float, int]] = []
+        self._name = name
+        self._seed = seed
+        self._pending = False
+        self._failed = False
+        self._actions: np.ndarray | None = None
+        self._last = np.zeros(amount, bool)
+        self._returns = np.zeros(amount)
+        self._lengths = np.zeros(amount, int)
+        self._envs = make_parallel(name, makers) if parallel else make_serial(makers)
+        self.observation_space = self._envs.single_observation_space
+        self.action_space = self._envs.single_action_space
+
+    def reset(self) -> Row:
+        """Start every environment anew from its seed and return the first row."""
+        with self._reporting():
+            observation, _ = self._envs.reset(seed=self._seed)
+        nothing = np.zeros(self.amount, bool)
+        self._last = ~nothing  # what follows a last row is a first row
+        return self._row(observation, np.zeros(self.amount), nothing, nothing)
+
+    def send(self, actions: np.ndarray) -> None:
+        """Start one step; actions are (N, A) float32, (N,) int64 or (N, k) int64 as the space demands."""
+        if isinstance(self._envs, AsyncVectorEnv):
+            with self._reporting():
+                self._envs.step_async(actions)
+        self._actions = actions
+        self._pending = True
+
+    def receive(self) -> Row:
+        """Wait for the step that `send` started and return its row.
+
+        Raises:
+            EnvironmentFailure: an environment raised or its process died. Close the streams then.
+        """
+        if not self._pending:
+            raise RuntimeError("receive() without send(): every send is answered by one receive")
+        self._pending = False
+        with self._reporting():
+            if isinstance(self._envs, AsyncVectorEnv):
+                observation, reward, terminated, truncated, _ = self._envs.step_wait()
+            else:
+                observation, reward, terminated, truncated, _ = self._envs.step(self._actions)
+        return self._row(observation, reward, terminated, truncated)
+
+    def close(self) -> None:
+        """End the environments and their processes; a step under way may finish, a failure ends them."""
+        if isinstance(self._envs, SyncVectorEnv):
+            self._envs.close()
+        elif not self._envs.closed:
+            if not self._failed:
+                self._leave(self._envs)
+            if self._failed:
+                kill(self._envs)
+
+    def _leave(self, vector: AsyncVectorEnv) -> None:
+        """Close in order; whatever goes wrong counts as a failure."""
+        try:
+            with self._reporting():
+                if self._pending:
+                    vector.step_wait(timeout=FAREWELL)
+                vector.close()
+        except Exception:
+            logger.debug("the environments could not be closed in order", exc_info=True)
+
+    def _row(
+        self, observation: Row, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
+    ) -> Row:
+        first, last = self._last, terminated | truncated
+        self._returns = np.where(first, 0.0, self._returns + reward)
+        self._lengths = np.where(first, 0, self._lengths + 1)
+        self._last = last
+        self.finished = [
+            (int(index), float(self._returns[index]), int(self._lengths[index]))
+            for index in np.flatnonzero(last)
+        ]
+        flags = {"is_first": first, "is_last": last, "is_terminal": terminated}
+        return {**observation, "reward": reward.astype(np.float32), **flags}
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Remember a failure, and name the process that died where only a closed pipe is left of it."""
+        try:
+            with quiet_gymnasium():
+                yield
+        except BaseException as error:  # Ctrl-C included: answers half read can never be sorted out again
+            self._failed = True
+            if isinstance(error, EOFError | ConnectionError):
+                raise self._death() from None
+            raise
+
+    def _death(self) -> EnvironmentFailure:
+        processes = self._envs.processes if isinstance(self._envs, AsyncVectorEnv) else []
+        wait([process.sentinel for process in processes], timeout=FAREWELL)  # the pipe closes a moment before
+        for index, process in enumerate(processes):
+            if process.exitcode is not None:
+                message = (
+                    f"environment {index} ({self._name}) died: its process ended with exit code"
+                    f" {process.exitcode} (-9 often means out of memory; try fewer environments)"
+                )
+                return EnvironmentFailure(message, index, self._name)
+        return EnvironmentFailure(f"an environment of {self._name} closed its connection", -1, self._name)
+
+
+def make_serial(makers: list[functools.partial]) -> SyncVectorEnv:
+    """Put all environments in this process."""
+    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+
+def make_parallel(name: str, makers: list[functools.partial]) -> AsyncVectorEnv:
+    """Give each environment a process, forked from a clean server that has imported everything before.
+
+    Forking from this process would copy its threads' locks, starting afresh would import everything N times.
+    """
+    suite, _, task = name.partition("_")
+    modules = envs.ADAPTERS[suite].preload(task) if suite in envs.ADAPTERS else []
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", *modules])
+    try:
+        return AsyncVectorEnv(
+            makers, shared_memory=True, context="forkserver", autoreset_mode=AutoresetMode.NEXT_STEP
+        )
+    except (EOFError, ConnectionError):
+        message = f"an environment of {name} died while it was made in its process; its own words are above"
+        raise EnvironmentFailure(message, -1, name) from None
+
+
+def kill(vector: AsyncVectorEnv) -> None:
+    """End all processes at once, without a word to them."""
+    for process in vector.processes:
+        process.kill()
+        process.join()
+    vector.closed = True
+
+
+def make_reported(name: str, index: int, *, action_repeat: int, time_limit: int | None) -> gymnasium.Env:
+    """Make environment `index`, whose errors carry its name and index; tie a process of its own to ours."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, but the main one decides
+        threading.Thread(target=die_with_parent, daemon=True).start()
+    with reporting(name, index, "make"):
+        env = envs.make(name, action_repeat=action_repeat, time_limit=time_limit)
+    return Reported(env, name, index)
+
+
+def die_with_parent() -> None:
+    """Wait until the main process is gone, then leave at once, even from the middle of a step."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+class Reported(gymnasium.Wrapper):
+    """Raises every error of an environment as EnvironmentFailure, and drops infos: nobody reads them."""
+
+    def __init__(self, env: gymnasium.Env, name: str, index: int) -> None:
+        """Report errors of `env` as those of environment `index` made by `name`."""
+        super().__init__(env)
+        self._name = name
+        self._index = index
+
+    def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+        """Start an episode."""
+        with reporting(self._name, self._index, "reset"):
+            observation, _ = self.env.reset(**arguments)
+        return observation, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Take one step."""
+        with reporting(self._name, self._index, "step"):
+            observation, reward, terminated, truncated, _ = self.env.step(action)
+            return observation, float(reward), bool(terminated), bool(truncated), {}
+
+
+@contextlib.contextmanager
+def reporting(name: str, index: int, action: str) -> Iterator[None]:
+    """Turn any error but a user's mistake into an EnvironmentFailure with the traceback in its message."""
+    try:
+        yield
+    except EnvError:
+        raise
+    except Exception as error:
+        summary = f"environment {index} ({name}) raised {type(error).__name__} in {action}: {error}"
+        raise EnvironmentFailure(f"{summary}\n{traceback.format_exc()}", index, name) from None
+
+
+@contextlib.contextmanager
+def quiet_gymnasium() -> Iterator[None]:
+    """Keep gymnasium from logging a worker's error, which is raised anyway.
+
+    Its logger also formats the traceback with `%`, and so fails on every traceback that has a percent sign.
+    """
+    level = gymnasium.logger.min_level
+    gymnasium.logger.min_level = gymnasium.logger.ERROR + 1
+    try:
+        yield
+    finally:
+        gymnasium.logger.min_level = level

@@ -1,0 +1,106 @@
+import os
+import signal
+
+import numpy as np
+import pytest
+import test_tiny
+
+from envs.errors import EnvError, EnvironmentFailure
+from envs.streams import Streams
+
+TINY = f"gym_{test_tiny.__name__}:"  # importing the module registers its ids
+
+
+def step(streams):
+    """Take one step with action 0."""
+    streams.send(np.zeros(streams.amount, np.int64))
+    return streams.receive()
+
+
+def collect(streams, steps):
+    """Step with action 0 and stack the rows over time: (T, N, ...)."""
+    rows = [streams.reset()]
+    rows += [step(streams) for _ in range(steps)]
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+@pytest.mark.parametrize(("name", "length", "terminal"), [("Tiny-v0", 3, True), ("TinyLimited-v0", 2, False)])
+def test_flags_line_up_with_the_episodes(name, length, terminal):
+    streams = Streams(TINY + name, 2, parallel=False, seed=0)
+    rows = collect(streams, 2 * (length + 1))
+    time = np.arange(2 * (length + 1) + 1) % (length + 1)  # step within the episode
+    for stream in range(2):
+        np.testing.assert_array_equal(rows["observation"][:, stream, 0], time)
+        np.testing.assert_array_equal(rows["is_first"][:, stream], time == 0)
+        np.testing.assert_array_equal(rows["is_last"][:, stream], time == length)
+        np.testing.assert_array_equal(rows["is_terminal"][:, stream], (time == length) & terminal)
+        np.testing.assert_array_equal(rows["reward"][:, stream], time)
+    assert rows["reward"].dtype == np.float32
+    assert rows["observation"].dtype == np.float32
+
+
+def test_finished_gives_return_and_length_of_each_episode():
+    streams = Streams("gym_Tiny-v0", 2, parallel=False, seed=0)
+    streams.reset()
+    finished = []
+    for _ in range(8):
+        step(streams)
+        finished.append(streams.finished)
+    ended = [(0, 6.0, 3), (1, 6.0, 3)]
+    assert finished == [[], [], ended, [], [], [], ended, []]
+
+
+def test_parallel_and_serial_streams_give_the_same_rows():
+    serial = Streams(TINY + "Tiny-v0", 3, parallel=False, seed=5, action_repeat=2)
+    parallel = Streams(TINY + "Tiny-v0", 3, parallel=True, seed=5, action_repeat=2)
+    try:
+        expected, rows = collect(serial, 9), collect(parallel, 9)
+        assert parallel.observation_space == serial.observation_space
+        processes = parallel._envs.processes
+        os.kill(processes[0].pid, signal.SIGINT)  # Ctrl-C is the main process' business
+        parallel.send(np.zeros(3, np.int64))
+    finally:
+        parallel.close()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(np.unique(rows["observation"][0, :, 1])) == 3  # every stream has a seed of its own
+    for key in expected:
+        np.testing.assert_array_equal(rows[key], expected[key], err_msg=key)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_failing_environment_is_named_with_its_traceback(parallel):
+    name = TINY + "TinyFailing-v0"
+    draws = [np.random.default_rng(seed).uniform() for seed in range(16, 19)]
+    guilty = [index for index, draw in enumerate(draws) if draw > 0.7]
+    assert guilty == [1]
+    streams = Streams(name, 3, parallel=parallel, seed=16)
+    try:
+        streams.reset()
+        with pytest.raises(EnvironmentFailure) as caught:
+            step(streams)
+    finally:
+        streams.close()
+    summary, traceback = str(caught.value).split("\n", 1)
+    assert summary == f"environment {1} ({name}) raised ValueError in step: a gear broke at 100 %d"
+    assert "test_tiny.py" in traceback
+    assert (caught.value.index, caught.value.name) == (1, name)
+
+
+def test_killed_process_is_named():
+    streams = Streams(TINY + "Tiny-v0", 2, parallel=True, seed=0)
+    processes = streams._envs.processes
+    try:
+        streams.reset()
+        os.kill(processes[1].pid, signal.SIGKILL)
+        with pytest.raises(EnvironmentFailure, match=r"environment 1 .* exit code -9"):
+            step(streams)
+    finally:
+        streams.close()
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_mistakes_come_before_any_process_starts():
+    with pytest.raises(EnvError, match="number of environments is 0"):
+        Streams("gym_Tiny-v0", 0, parallel=True, seed=0)
+    with pytest.raises(EnvError, match="did you mean dmc_walker_walk"):
+        Streams("dmc_walker_wak", 2, parallel=True, seed=0)
