@@ -203,7 +203,9 @@ def kill(vector: AsyncVectorEnv) -> None:
 def make_reported(name: str, index: int, *, action_repeat: int, time_limit: int | None) -> gymnasium.Env:
     """Make environment `index`, whose errors carry its name and index; tie a process of its own to ours."""
     if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, but the main one decides
+        # Ctrl-C and a job manager's signal reach all processes of a group, but the main one decides what follows.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=die_with_parent, daemon=True).start()
     with reporting(name, index, "make"):
         env = envs.make(name, action_repeat=action_repeat, time_limit=time_limit)
