@@ -20,7 +20,7 @@ def make(task: str, *, own_time_limit: bool, render: bool) -> gymnasium.Env:
             task,
             max_episode_steps=None if own_time_limit else -1,
             disable_env_checker=True,  # check_env explains more
-            render_mode="rgb_array" if render else None,
+            **({"render_mode": "rgb_array"} if render else {}),  # many environments know no such argument
         )
     except gymnasium.error.UnregisteredEnv:
         hint = nearest(task, gymnasium.registry, "gym_") or "; name its module too, as in gym_<module>:<Id>"

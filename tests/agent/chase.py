@@ -1,0 +1,34 @@
+"""A small environment to learn on: follow a target on a line. Importable by name, so that workers can make it."""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+STEP = 0.2
+LENGTH = 32
+
+
+class Chase(gymnasium.Env[Any, Any]):
+    """Reward 1 while the agent stands within half a step of a target that stays for one episode of 32 steps."""
+
+    observation_space = gymnasium.spaces.Box(-2, 2, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.place, self.target = self.np_random.uniform(-1, 1, 2)
+        self.time = 0
+        return self._observation(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.place = float(np.clip(self.place + STEP * (int(action) - 1), -1, 1))
+        self.time += 1
+        reward = float(abs(self.place - self.target) <= STEP / 2)
+        return self._observation(), reward, False, self.time >= LENGTH, {}
+
+    def _observation(self) -> np.ndarray:
+        return np.array([self.place, self.target], np.float32)
+
+
+gymnasium.register("Chase-v0", entry_point=Chase)
