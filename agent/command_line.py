@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,7 +55,7 @@ def make_parser(description: str, examples: Sequence[str], flags: Sequence[str] 
         flags: names of the shared flags that mean something to the script.
     """
     parser = Parser(
-        description=description,
+        description=textwrap.fill(description, 80),
         epilog="\n  ".join(["examples:", *examples]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

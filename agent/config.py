@@ -143,7 +143,7 @@ class Train:
 
     batch_size: PositiveInt
     batch_length: Annotated[int, Field(ge=2)]
-    ratio: Annotated[int | float, Field(gt=0)]
+    ratio: Positive
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -268,10 +268,11 @@ def resolve(
     _check_choice("core.name", core_name, _names("core"))
     size_name = _last("size", *below)
     _check_choice("size", size_name, [*_names("size"), "auto"])
+    news: list[str] = []
     if size_name == "auto":
         device_name = _device(_last("device", *below))
         size_name = "12m" if device_name == "cuda" else "1m"
-        notify(f"size: {size_name}, as auto chooses on {device_name}")
+        news = [f"size: {size_name}, as auto chooses on {device_name}"]
     size_layer = (f"size {size_name}", _read(CONFIGS / "size" / f"{size_name}.yaml"))
     core_layer = (f"core {core_name}", _read_core(core_name, size_name))
 
@@ -290,7 +291,10 @@ def resolve(
     ]:
         _check_keys(values, known, source)
         result |= values
-    return _validate(result)
+    config = _validate(result)
+    for line in news:  # only now: a mistake is told in one line and nothing else
+        notify(line)
+    return config
 
 
 def load(path: Path) -> Config:

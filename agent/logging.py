@@ -70,7 +70,7 @@ def _event_writer(logdir: Path, start_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
-            "tensorboard is not installed: pip install tensorboard, or go without by --set log.tensorboard=false"
+            "tensorboard is not installed: pip install tensorboard, or --set log.tensorboard=false"
         ) from None
     # Metrics of `start_step` itself were written before the checkpoint: only what follows is dropped.
     return SummaryWriter(str(logdir), purge_step=start_step + 1)

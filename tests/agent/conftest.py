@@ -1,0 +1,92 @@
+"""What several tests of the agent build on: small configurations, spaces, agents and filled replays."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from agent import config as configuration
+from agent.agent import Agent
+from agent.replay import Replay
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def debug_config() -> Make:
+    """Function of settings "key=value": the configuration of size debug, in fp32 on the CPU."""
+
+    def make(*settings: str, core: str = "gru", size: str = "debug") -> configuration.Config:
+        return configuration.resolve(
+            env="gym_CartPole-v1",
+            core=core,
+            size=size,
+            device="cpu",
+            settings=["precision=fp32", "compile=eager", *settings],
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_agent(debug_config: Make) -> Make:
+    """Function of an action space and settings: an agent that sees three reals and one choice of four."""
+
+    def make(action: gymnasium.Space[Any], settings: Sequence[str] = (), seed: int = 0) -> Agent:
+        observations = gymnasium.spaces.Dict(
+            {
+                "place": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32),
+                "signal": gymnasium.spaces.Discrete(4),
+            }
+        )
+        torch.manual_seed(seed)
+        return Agent(observations, action, debug_config(*settings), torch.device("cpu"))
+
+    return make
+
+
+@pytest.fixture
+def make_replay() -> Make:
+    """Function of an agent: 2 streams of 40 random rows with random latents, equal for equal seeds."""
+
+    def make(agent: Agent, seed: int = 0, rows: int = 40) -> Replay:
+        row_specs, latent_specs = agent.row_specs()
+        window = agent.config.train.batch_length + 1
+        replay = Replay(
+            row_specs,
+            latent_specs,
+            streams=2,
+            capacity=2 * rows,
+            window=window,
+            device=torch.device("cpu"),
+            seed=seed,
+            online_queue=False,
+        )
+        random = torch.Generator().manual_seed(seed)
+        choices = {
+            "signal": 4,
+            "z": agent.config.rssm.classes,
+            "action": min(getattr(agent.action, "sizes", (2,))),
+        }
+        for t in range(rows):
+            row = {}
+            for key, (shape, dtype) in (row_specs | latent_specs).items():
+                if dtype.is_floating_point:
+                    row[key] = torch.randn(2, *shape, generator=random)
+                elif dtype != torch.bool:
+                    row[key] = torch.randint(choices[key], (2, *shape), generator=random).to(dtype)
+            row["is_first"] = torch.tensor([t % 11 == 0, t % 13 == 0])
+            row["is_last"] = torch.tensor([t % 11 == 10, t % 13 == 12])
+            row["is_terminal"] = torch.tensor([t % 11 == 10, False])
+            replay.add(row)
+        return replay
+
+    return make
