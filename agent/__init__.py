@@ -1,8 +1,8 @@
 """A Dreamer whose recurrent core is chosen by one word of config.
 
-    import agent
-    player = agent.load("runs/walker")
-    print(agent.evaluate(player, episodes=10)["mean"])
+import agent
+player = agent.load("runs/walker")
+print(agent.evaluate(player, episodes=10)["mean"])
 """
 
 from typing import TYPE_CHECKING, Any

@@ -21,7 +21,7 @@ from agent.errors import UserError
 from agent.networks import Frozen, parameter_count
 from agent.optimizer import LaProp
 from agent.replay import Replay, Spec
-from agent.spaces import Space, from_gymnasium
+from agent.spaces import from_gymnasium
 from agent.world_model import Batch, WorldModel
 from agent.world_model.encoder import Observation
 from agent.world_model.heads import TwoHotHead
@@ -47,13 +47,16 @@ class Agent:
     """World model, behavior and optimizer on one device.
 
     Args:
-        observations: spaces of an environment's observation, by key.
+        observations: Dict space of an environment's observation.
         action: its action space.
         config: the resolved configuration; `compile` and `precision` may still be `auto`.
         device: where everything lives.
     """
 
-    def __init__(self, observations: spaces.Dict, action: spaces.Space[Any], config: Config, device: torch.device):
+    def __init__(
+        self, observations: spaces.Space[Any], action: spaces.Space[Any], config: Config, device: torch.device
+    ):
+        assert isinstance(observations, spaces.Dict), "envs.make gives dict observations"
         self.config, self.device = config, device
         self.observations = {key: from_gymnasium(space, key) for key, space in sorted(observations.items())}
         self.action = from_gymnasium(action, "action")
@@ -113,7 +116,9 @@ class Agent:
         inputs = {f"observation/{key}": observation[key] for key in self.observations}
         inputs |= {f"state/{key}": value for key, value in carry.state.items()}
         inputs |= {"z": carry.z, "action": carry.action, "first": first, "mode": torch.tensor([mode])}
-        outputs = self._act({key: value.to(self.device) for key, value in inputs.items()} if not self._captures else inputs)
+        outputs = self._act(
+            {key: value.to(self.device) for key, value in inputs.items()} if not self._captures else inputs
+        )
         state = {key: outputs[f"state/{key}"] for key in carry.state}
         return self.action.decode(outputs["action"]), Carry(state, outputs["z"], outputs["action"])
 
@@ -128,7 +133,11 @@ class Agent:
         policy = self.frozen_actor.module(model.rssm.feature(latent.h, latent.z, self.dtype))
         sample = policy.sample(self.action.noise((amount,), self.device))
         action = torch.where(inputs["mode"], policy.mode(), sample)
-        return {"action": action, "z": latent.z, **{f"state/{key}": value for key, value in latent.state.items()}}
+        return {
+            "action": action,
+            "z": latent.z,
+            **{f"state/{key}": value for key, value in latent.state.items()},
+        }
 
     # ---- learning ---------------------------------------------------------------------------------------------
 
@@ -143,11 +152,14 @@ class Agent:
 
     def latents(self, state: State, z: Tensor) -> dict[str, Tensor]:
         """Memory (..., ) and code (..., G, C) as replay stores them."""
-        return {f"state/{key}": value.detach() for key, value in state.items()} | {"z": z.detach().argmax(-1).to(torch.uint8)}
+        return {f"state/{key}": value.detach() for key, value in state.items()} | {
+            "z": z.detach().argmax(-1).to(torch.uint8)
+        }
 
     def attach(self, replay: Replay) -> None:
         """Learn from this replay from now on. Sampled rows never leave the GPU if replay lies there too."""
         if replay.device == self.device:
+
             def update(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
                 latents, metrics = self._learn(*replay.gather(inputs["index"]))
                 replay.write_back(inputs["index"], latents)
@@ -212,7 +224,14 @@ class Agent:
         uniform = torch.rand(*batch.first.shape, rssm.groups, device=self.device)
         token = model.encoder(batch.observation, self.dtype)
         posterior = rssm.observe(
-            _part(context, "state"), z, batch.previous_action, batch.first, token, uniform, self._chain, self._batched
+            _part(context, "state"),
+            z,
+            batch.previous_action,
+            batch.first,
+            token,
+            uniform,
+            self._chain,
+            self._batched,
         )
         latent = posterior.latent
         feature = rssm.feature(latent.h, latent.z, self.dtype)  # (B, T, F)
@@ -233,7 +252,9 @@ class Agent:
         statistics |= self._optimize(list(gradients)) | behavior.statistics
         with torch.no_grad():
             torch._foreach_lerp_(
-                list(self.slow_critic.parameters()), list(self.behavior.critic.parameters()), config.behavior.slow_rate
+                list(self.slow_critic.parameters()),
+                list(self.behavior.critic.parameters()),
+                config.behavior.slow_rate,
             )
         metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()} | statistics
         return self.latents(latent.state, latent.z), metrics

@@ -28,9 +28,7 @@ class Actor(nn.Module):
         self.space = space
         self.mlp = MLP(feature_size, units, layers)
         outputs = 1 if isinstance(space, Categories) else 2
-        self.outputs = nn.ModuleList(
-            Linear(units, space.width, scale=ACTOR_OUTPUT_SCALE) for _ in range(outputs)
-        )
+        self.outputs = nn.ModuleList(Linear(units, space.width, scale=ACTOR_OUTPUT_SCALE) for _ in range(outputs))
 
     def forward(self, feature: Tensor) -> Policy:
         """Features (..., F) -> a policy over actions (..., A)."""
@@ -51,9 +49,7 @@ class Behavior(nn.Module):
         self.critic = TwoHotHead(feature_size, heads.units, heads.critic_layers, heads.bins)
 
 
-def lambda_return(
-    reward: Tensor, live: Tensor, bootstrap: Tensor, last: Tensor, return_lambda: float
-) -> Tensor:
+def lambda_return(reward: Tensor, live: Tensor, bootstrap: Tensor, last: Tensor, return_lambda: float) -> Tensor:
     """Returns that mix all horizons, R_t for t = 0..H-1, from arrays (H + 1, ...) to (H, ...).
 
         R_H = b_H        R_t = r_{t+1} + live_{t+1} * [(1 - k_{t+1}) * b_{t+1} + k_{t+1} * R_{t+1}]
@@ -122,9 +118,10 @@ class BehaviorLoss(NamedTuple):
 
 
 def imagination_loss(
-    behavior: Behavior, slow_critic: TwoHotHead, normalizer: ReturnNormalizer, imagined: Imagined, config: configuration.Behavior
+    behavior: Behavior, slow_critic: TwoHotHead, normalizer: ReturnNormalizer, imagined: Imagined,
+    config: configuration.Behavior,
 ) -> BehaviorLoss:  # fmt: skip
-    """REINFORCE with entropy for the actor, two-hot regression to lambda-returns and to the slow critic for the critic."""
+    """REINFORCE with entropy for the actor; for the critic two-hot regression to lambda-returns and the slow critic."""
     logits = behavior.critic(imagined.feature)
     value = behavior.critic.mean(logits).detach()  # (H + 1, N)
     weight = imagined.continuation.cumprod(0)[:-1]
@@ -180,7 +177,5 @@ def replay_value_loss(
     live = (~terminal).float() * (1 - 1 / config.discount_horizon)
     returns = lambda_return(reward, live, bootstrap, last, config.return_lambda)
     logits = behavior.critic(feature[:-1])
-    loss = critic_loss(
-        behavior.critic, slow_critic, feature[:-1].detach(), logits, returns, config.slow_regularizer
-    )
+    loss = critic_loss(behavior.critic, slow_critic, feature[:-1].detach(), logits, returns, config.slow_regularizer)
     return (~last[:-1]).float() * loss

@@ -38,8 +38,7 @@ def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> None:
             surplus.unlink()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot write the checkpoint ({error.strerror or error});"
-            " make room or choose another --logdir"
+            f"{path}: cannot write the checkpoint ({error.strerror or error}); make room or choose another --logdir"
         ) from error
 
 
@@ -73,7 +72,7 @@ def load(path: Path) -> dict[str, Any]:
 def random_state() -> dict[str, Any]:
     """State of Python's, NumPy's and torch's global generators, CUDA's too if the process uses CUDA."""
     version, internal, gauss = random.getstate()
-    numpy = np.random.get_state(legacy=False)
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002
     assert isinstance(numpy, dict)
     key = numpy["state"]["key"].tolist()
     return {
@@ -90,7 +89,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     numpy = state["numpy"]
     key = np.array(numpy["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**numpy, "state": {"key": key, "pos": numpy["state"]["pos"]}})
+    np.random.set_state({**numpy, "state": {"key": key, "pos": numpy["state"]["pos"]}})  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     devices = range(torch.cuda.device_count())
     for device, device_state in zip(devices, state["cuda"], strict=False):
@@ -104,9 +103,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    except (
-        RuntimeError
-    ) as error:  # torch.save, closing its archive, hides the full disk behind its own complaint
+    except RuntimeError as error:  # torch.save, closing its archive, hides the full disk behind its own complaint
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise

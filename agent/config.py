@@ -423,9 +423,7 @@ def _device(name: Any) -> str:
 def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         nearest, known = _nearest(str(value), choices), ", ".join(choices)
-        raise UserError(
-            f"{key}: {_shown(value)} is unknown; the nearest is {nearest}, the choices are {known}"
-        )
+        raise UserError(f"{key}: {_shown(value)} is unknown; the nearest is {nearest}, the choices are {known}")
 
 
 def _check_keys(values: Values, known: Sequence[str], source: str) -> None:
@@ -490,9 +488,7 @@ def _build(section: type[Any], values: Values, name: str) -> Any:
     if first["type"] in ("value_error", "assertion_error"):
         shown = f"{_shown(first['input'])} is not allowed, " if first["loc"] else ""
         raise UserError(f"{key}: {shown}{_line(str(first['ctx']['error']))}")
-    raise UserError(
-        f"{key}: {_shown(first['input'])} is not allowed, {_line(first['msg']).replace('Input', 'it', 1)}"
-    )
+    raise UserError(f"{key}: {_shown(first['input'])} is not allowed, {_line(first['msg']).replace('Input', 'it', 1)}")
 
 
 def _nested(config: Config) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def symexp(x: Tensor) -> Tensor:
 
 
 def twohot_bins(count: int) -> Tensor:
-    """Positions (count,) of the two-hot bins: symexp-spaced, mirrored, with an exact 0 in the middle. `count` is odd."""
+    """Positions (count,) of the two-hot bins: symexp-spaced, mirrored, an exact 0 in the middle. `count` is odd."""
     half = symexp(torch.linspace(-20, 0, (count + 1) // 2, dtype=torch.float64))
     return torch.cat([half, -half[:-1].flip(0)]).float()
 
@@ -126,10 +126,7 @@ class CategoricalPolicy:
 
     def sample(self, noise: Tensor) -> Tensor:
         """A one-hot action (..., sum of sizes) from uniform noise (..., components)."""
-        draws = [
-            categorical_sample(log_p.exp(), u)
-            for log_p, u in zip(self.log_probs, noise.unbind(-1), strict=True)
-        ]
+        draws = [categorical_sample(log_p.exp(), u) for log_p, u in zip(self.log_probs, noise.unbind(-1), strict=True)]
         return torch.cat(draws, -1)
 
     def mode(self) -> Tensor:

@@ -2,20 +2,21 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 import envs
-from agent import checkpoint, config as configuration
+from agent import checkpoint
+from agent import config as configuration
 from agent.agent import Agent
 from agent.errors import UserError
 from agent.training import choose_training_device, tensors
 from envs.streams import Streams
 
 
-def load(logdir: str | Path, device: str = "auto") -> Agent:
+def load(logdir: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto") -> Agent:
     """The agent of the newest checkpoint in `logdir`, ready to act.
 
     Raises:
@@ -27,6 +28,8 @@ def load(logdir: str | Path, device: str = "auto") -> Agent:
     path = checkpoint.latest(logdir / "checkpoints")
     if path is None:
         raise UserError(f"{logdir} holds no checkpoint yet; let its training run a while, or stop it with Ctrl-C")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {device}: use auto, cpu or cuda")
     config = dataclasses.replace(configuration.load(logdir / "config.yaml"), device=device, compile="eager")
     saved = checkpoint.load(path)
     env = envs.make(config.env.name, action_repeat=config.env.action_repeat, time_limit=config.env.time_limit)
@@ -45,7 +48,12 @@ def evaluate(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
     env = agent.config.env
     torch.manual_seed(seed)  # the posterior is sampled, also when the action is not
     streams = Streams(
-        env.name, episodes, parallel=False, seed=seed, action_repeat=env.action_repeat, time_limit=env.time_limit
+        env.name,
+        episodes,
+        parallel=False,
+        seed=seed,
+        action_repeat=env.action_repeat,
+        time_limit=env.time_limit,
     )
     results: dict[int, tuple[float, int]] = {}
     try:
@@ -61,7 +69,12 @@ def evaluate(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
         streams.close()
     returns = [results[index][0] for index in range(episodes)]
     lengths = [results[index][1] for index in range(episodes)]
-    return {"mean": float(np.mean(returns)), "std": float(np.std(returns)), "returns": returns, "lengths": lengths}
+    return {
+        "mean": float(np.mean(returns)),
+        "std": float(np.std(returns)),
+        "returns": returns,
+        "lengths": lengths,
+    }
 
 
 def record(agent: Agent, file: Path, seed: int = 0) -> float:
@@ -73,19 +86,17 @@ def record(agent: Agent, file: Path, seed: int = 0) -> float:
     import imageio.v3 as imageio
 
     settings = agent.config.env
-    env = envs.make(
-        settings.name, action_repeat=settings.action_repeat, time_limit=settings.time_limit, render=True
-    )
+    env = envs.make(settings.name, action_repeat=settings.action_repeat, time_limit=settings.time_limit, render=True)
     torch.manual_seed(seed)
     carry, total, over, first = agent.initial(1), 0.0, False, True
     observation, _ = env.reset(seed=seed)
-    frames = [env.render()]
+    frames = [np.asarray(env.render())]
     while not over:
         values = tensors({key: np.asarray(value)[None] for key, value in observation.items()})
         action, carry = agent.act(values, torch.tensor([first]), carry, mode=True)
         observation, reward, terminated, truncated, _ = env.step(action[0].cpu().numpy())
         total, over, first = total + float(reward), terminated or truncated, False
-        frames.append(env.render())
+        frames.append(np.asarray(env.render()))
     env.close()
     try:
         imageio.imwrite(file, np.stack(frames), fps=30)

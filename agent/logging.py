@@ -105,9 +105,7 @@ class LiveLine:
         self._bar: Any = None
         if self._stream.isatty():
             layout = "{percentage:3.0f}% |{bar:20}| {desc}"
-            self._bar = tqdm(
-                total=total, initial=frames, file=self._stream, bar_format=layout, dynamic_ncols=True
-            )
+            self._bar = tqdm(total=total, initial=frames, file=self._stream, bar_format=layout, dynamic_ncols=True)
 
     def update(self, frames: int, updates: int, episode_return: float | None = None) -> None:
         """Show the state of training.

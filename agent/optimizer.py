@@ -28,7 +28,7 @@ class LaProp:
     """
 
     def __init__(self, parameters: list[nn.Parameter], config: Optimizer):
-        self.parameters = parameters
+        self.parameters: list[Tensor] = [parameter.detach() for parameter in parameters]  # share storage
         self.config = config
         self.count = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
         self.square = [torch.zeros_like(parameter) for parameter in parameters]
@@ -58,9 +58,8 @@ class LaProp:
         torch._foreach_add_(denominator, c.eps)
         torch._foreach_div_(gradients, denominator)
         torch._foreach_lerp_(self.momentum, gradients, 1 - c.beta1)
-        torch._foreach_sub_(
-            self.parameters, torch._foreach_mul(self.momentum, (rate / (1 - c.beta1**self.count)).float())
-        )
+        size = (rate / (1 - c.beta1**self.count)).float()
+        torch._foreach_sub_(self.parameters, list(torch._foreach_mul(self.momentum, size)))
         return {
             "gradient_norm": gradient_norms.square().sum().sqrt(),
             "weight_norm": weight_norms.square().sum().sqrt(),

@@ -19,9 +19,7 @@ def storage_bytes(specs: Mapping[str, Spec], streams: int, capacity: int) -> int
     return per_row * streams * (capacity // streams)
 
 
-def choose_device(
-    setting: Literal["auto", "cpu", "cuda"], nbytes: int, model_device: torch.device
-) -> torch.device:
+def choose_device(setting: Literal["auto", "cpu", "cuda"], nbytes: int, model_device: torch.device) -> torch.device:
     """Where the replay lives; `auto` takes the agent's GPU if `nbytes` fit in half of its free memory.
 
     Raises UserError for `cuda` when the agent itself is not on a GPU.

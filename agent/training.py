@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agent import checkpoint, config as configuration
+from agent import checkpoint
+from agent import config as configuration
 from agent.agent import Agent
 from agent.config import Config
 from agent.errors import UserError
@@ -35,7 +36,9 @@ def choose_training_device(config: Config) -> torch.device:
     """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
-        raise UserError("device: cuda, but torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
+        raise UserError(
+            "device: cuda, but torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch"
+        )
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
@@ -46,13 +49,11 @@ def train(config: Config, logdir: Path) -> None:
         UserError: `logdir` holds a run of another configuration, or something of `config` cannot be done here.
     """
     started = time.monotonic()
-    device = choose_training_device(config)
-    resumed = open_logdir(config, logdir)
-    Run(config, logdir, device, started).go(resumed)
+    Run(config, logdir, choose_training_device(config), started).go(check_logdir(config, logdir))
 
 
-def open_logdir(config: Config, logdir: Path) -> Path | None:
-    """Claim `logdir` for this configuration; gives the checkpoint to go on from, if there is one."""
+def check_logdir(config: Config, logdir: Path) -> Path | None:
+    """The checkpoint to go on from, None if `logdir` is new. Changes nothing on disk."""
     file = logdir / "config.yaml"
     if file.exists():
         for key, held, asked in configuration.differences(configuration.load(file), config):
@@ -63,12 +64,16 @@ def open_logdir(config: Config, logdir: Path) -> Path | None:
                 )
     elif logdir.exists() and any(logdir.iterdir()):
         raise UserError(f"{logdir} is not empty and holds no run (no config.yaml); give another --logdir")
+    return checkpoint.latest(logdir / "checkpoints")
+
+
+def claim_logdir(config: Config, logdir: Path) -> None:
+    """Write the configuration into `logdir`, once everything that can be wrong with it has been found right."""
     try:
         logdir.mkdir(parents=True, exist_ok=True)
-        file.write_text(configuration.dump(config))
+        (logdir / "config.yaml").write_text(configuration.dump(config))
     except OSError as error:
         raise UserError(f"{logdir} cannot be written ({error.strerror}); give another --logdir") from error
-    return checkpoint.latest(logdir / "checkpoints")
 
 
 class Run:
@@ -77,7 +82,7 @@ class Run:
     def __init__(self, config: Config, logdir: Path, device: torch.device, started: float):
         self.config, self.logdir, self.device, self.started = config, logdir, device, started
         torch.manual_seed(config.seed)
-        np.random.seed(config.seed)
+        np.random.seed(config.seed)  # noqa: NPY002 - environments of others may draw from it
         self.rows = 0  # rows collected from each environment
         self.episodes = 0
         self.stop_signal: int | None = None
@@ -112,13 +117,12 @@ class Run:
             action_repeat=env.action_repeat, time_limit=env.time_limit,
         )  # fmt: skip
         try:
-            self.agent = Agent(
-                self.streams.observation_space, self.streams.action_space, self.config, self.device
-            )
+            self.agent = Agent(self.streams.observation_space, self.streams.action_space, self.config, self.device)
             self.replay = self._make_replay()
             self.agent.attach(self.replay)
             if saved:
                 self._restore(saved)
+            claim_logdir(self.config, self.logdir)
             self.logger = MetricsLogger(self.logdir, self.config.log.tensorboard, self.frames)
             if saved:
                 self.logger.truncate(saved["metrics_position"])
@@ -187,7 +191,11 @@ class Run:
         assert self.streams is not None
         for _, episode_return, length in self.streams.finished:
             self.episodes += 1
-            numbers = {"episode/return": episode_return, "episode/length": length, "episode/count": self.episodes}
+            numbers = {
+                "episode/return": episode_return,
+                "episode/length": length,
+                "episode/count": self.episodes,
+            }
             self.logger.write(self.frames, numbers)
             self.line.update(self.frames, self.agent.updates, episode_return)
 
@@ -232,18 +240,27 @@ class Run:
         config, agent = self.config, self.agent
         counts = agent.parameter_counts()
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+        device = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"cpu, {torch.get_num_threads()} threads"
+        )
         precision = "bf16" if agent.dtype == torch.bfloat16 else "fp32"
+        env, train, replay = config.env, config.train, self.replay
+        held, gib = replay.streams * replay.length, replay.nbytes / 2**30
+        first = config.replay.prefill * env.action_repeat
         lines = [
-            f"run         {self.logdir}, {config.env.name}, core {config.core.name}, size {config.size}, seed {config.seed}",
+            f"run         {self.logdir}: {env.name}, core {config.core.name}, size {config.size}, seed {config.seed}",
             f"device      {device}, matrix products in {precision}, update {agent.mode}",
             f"parameters  {sum(counts.values()):,}: {parts}",
-            f"replay      {self.replay.streams * self.replay.length:,} steps, {self.replay.nbytes / 2**30:.2f} GiB on {self.replay.device.type}",
-            f"plan        {config.steps:,} frames from {config.env.amount} environments, {self.planned_updates():,} updates of "
-            f"{config.train.batch_size} x {config.train.batch_length} steps; the first after {config.replay.prefill * config.env.action_repeat:,} frames",
+            f"replay      {held:,} steps, {gib:.2f} GiB on {replay.device.type}",
+            f"plan        {config.steps:,} frames from {env.amount} environments, {self.planned_updates():,} updates "
+            f"of {train.batch_size} x {train.batch_length} steps, the first after {first:,} frames",
         ]
         if resumed:
-            lines.append(f"resumed     {resumed.name}: {self.frames:,} frames, {agent.updates:,} updates, new episodes begin")
+            lines.append(
+                f"resumed     {resumed.name}: {self.frames:,} frames, {agent.updates:,} updates, new episodes begin"
+            )
         for text in lines:
             self.line.note(text)
         self._first_update_told = False
@@ -275,7 +292,8 @@ class Foretelling:
         self.done = True
         rate = (updates - self.start) / (time.monotonic() - self.since)
         left = max(0, planned - updates)
-        return f"calibrated  {rate:.3g} updates/s with acting, so about {left / rate / 60:.0f} minutes for the {left:,} updates left"
+        minutes = f"about {left / rate / 60:.0f} minutes for the {left:,} updates left"
+        return f"calibrated  {rate:.3g} updates/s with acting: {minutes}"
 
 
 class SignalsHeld:
@@ -306,7 +324,9 @@ def tensors(row: Row) -> dict[str, Tensor]:
 
 def new_logdir(config: Config) -> Path:
     """A folder under `runs/` that does not exist yet, named after what is trained."""
-    base = f"runs/{config.env.name}-{config.core.name}-{config.size}-seed{config.seed}".replace("/", "_").replace("runs_", "runs/", 1)
+    base = f"runs/{config.env.name}-{config.core.name}-{config.size}-seed{config.seed}".replace("/", "_").replace(
+        "runs_", "runs/", 1
+    )
     for number in itertools.count(1):
         path = Path(f"{base}-{number}")
         if not os.path.lexists(path):

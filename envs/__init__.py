@@ -12,9 +12,7 @@ __all__ = ["EnvError", "EnvironmentFailure", "make"]
 ADAPTERS = {"dmc": dmc, "gym": gym}
 
 
-def make(
-    name: str, *, action_repeat: int = 1, time_limit: int | None = None, render: bool = False
-) -> gymnasium.Env:
+def make(name: str, *, action_repeat: int = 1, time_limit: int | None = None, render: bool = False) -> gymnasium.Env:
     """Build the environment `name`, with the spaces that the agent understands.
 
     Args:

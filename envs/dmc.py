@@ -44,8 +44,7 @@ def load_suite(render: bool) -> ModuleType:
         from dm_control import suite
     except ImportError as error:
         raise EnvError(
-            f"dm_control cannot be imported ({one_line(error)}); "
-            "pip install dm-control==1.0.50 mujoco==3.17.0"
+            f"dm_control cannot be imported ({one_line(error)}); pip install dm-control==1.0.50 mujoco==3.17.0"
         ) from None
     except AttributeError as error:  # what PyOpenGL raises where the GL library is missing
         raise EnvError(

@@ -131,16 +131,13 @@ class Streams:
         except Exception:
             logger.debug("the environments could not be closed in order", exc_info=True)
 
-    def _row(
-        self, observation: Row, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
-    ) -> Row:
+    def _row(self, observation: Row, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray) -> Row:
         first, last = self._last, terminated | truncated
         self._returns = np.where(first, 0.0, self._returns + reward)
         self._lengths = np.where(first, 0, self._lengths + 1)
         self._last = last
         self.finished = [
-            (int(index), float(self._returns[index]), int(self._lengths[index]))
-            for index in np.flatnonzero(last)
+            (int(index), float(self._returns[index]), int(self._lengths[index])) for index in np.flatnonzero(last)
         ]
         flags = {"is_first": first, "is_last": last, "is_terminal": terminated}
         return {**observation, "reward": reward.astype(np.float32), **flags}
@@ -184,9 +181,7 @@ def make_parallel(name: str, makers: list[functools.partial]) -> AsyncVectorEnv:
     modules = envs.ADAPTERS[suite].preload(task) if suite in envs.ADAPTERS else []
     multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", *modules])
     try:
-        return AsyncVectorEnv(
-            makers, shared_memory=True, context="forkserver", autoreset_mode=AutoresetMode.NEXT_STEP
-        )
+        return AsyncVectorEnv(makers, shared_memory=True, context="forkserver", autoreset_mode=AutoresetMode.NEXT_STEP)
     except (EOFError, ConnectionError):
         message = f"an environment of {name} died while it was made in its process; its own words are above"
         raise EnvironmentFailure(message, -1, name) from None

@@ -56,9 +56,7 @@ def observation_entry(key: str, space: spaces.Space) -> spaces.Space:
         raise EnvError(f"observation {key!r} has a reserved name, rename it (taken: {', '.join(RESERVED)})")
     match space:
         case spaces.Box() if space.dtype == np.uint8 and len(space.shape) == 3:
-            raise EnvError(
-                f"observation {key!r} is an image: pixels are not supported yet, use state observations"
-            )
+            raise EnvError(f"observation {key!r} is an image: pixels are not supported yet, use state observations")
         case spaces.Box():
             with np.errstate(over="ignore"):  # bounds beyond float32 become infinite, as they should
                 low, high = (bound.astype(np.float32).reshape(-1) for bound in (space.low, space.high))

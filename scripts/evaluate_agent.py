@@ -17,6 +17,7 @@ def main() -> None:
         ],
         flags=("logdir", "device", "seed"),
     )
+    parser.set_defaults(device="auto", seed="0")
     parser.add_argument("--episodes", metavar="N", type=int, default=10, help="episodes, played side by side")
     parser.add_argument("--video", metavar="FILE", type=Path, help="write one more episode as .gif or .mp4")
     arguments = parser.parse_args()
@@ -24,13 +25,18 @@ def main() -> None:
         raise UserError("--logdir is missing: give the folder of a training run")
     if arguments.episodes < 1:
         raise UserError(f"--episodes {arguments.episodes}: give 1 or more")
+    if not arguments.seed.isdecimal():
+        raise UserError(f"--seed {arguments.seed}: give a whole number of at least 0")
     import agent
 
-    player = agent.load(arguments.logdir, arguments.device or "auto")
-    seed = int(arguments.seed or 0)
+    player = agent.load(arguments.logdir, arguments.device)
+    seed = int(arguments.seed)
     results = agent.evaluate(player, arguments.episodes, seed)
     if arguments.video:
-        results["video"] = {"file": str(arguments.video), "return": agent.record(player, arguments.video, seed)}
+        results["video"] = {
+            "file": str(arguments.video),
+            "return": agent.record(player, arguments.video, seed),
+        }
     print(json.dumps({"logdir": str(arguments.logdir), "episodes": arguments.episodes, **results}))
 
 

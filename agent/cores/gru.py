@@ -17,7 +17,7 @@ from agent.networks import BlockLinear, Layer, Linear, RMSNorm
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
-class Config:
+class BlockGRUConfig:
     """Keys of `configs/core/gru.yaml`."""
 
     deter: PositiveInt
@@ -25,7 +25,7 @@ class Config:
     blocks: PositiveInt
 
     @model_validator(mode="after")
-    def _divides(self) -> "Config":
+    def _divides(self) -> "BlockGRUConfig":
         if self.deter % self.blocks:
             raise ValueError(f"deter ({self.deter}) must be a multiple of blocks ({self.blocks})")
         return self
@@ -45,10 +45,10 @@ class BlockGRU(RecurrentCore):
     of [p, x]: the same numbers without g copies of p and x.
     """
 
-    Config = Config
+    Config = BlockGRUConfig
     parallel_in_time = False
 
-    def __init__(self, input_size: int, config: Config):
+    def __init__(self, input_size: int, config: BlockGRUConfig):
         super().__init__()
         deter, hidden, blocks = config.deter, config.hidden, config.blocks
         self.feature_size = deter
@@ -66,14 +66,12 @@ class BlockGRU(RecurrentCore):
         return {"deter": torch.zeros(batch, self.feature_size, device=self.norm.scale.device)}
 
     def step(self, x: Tensor, state: State, first: Tensor) -> tuple[Tensor, State]:
-        """x (B, X), state `deter` (B, F), first (B,) -> h (B, F) and the new state, in which `deter` is h."""
+        """X (B, X), state `deter` (B, F), first (B,) -> h (B, F) and the new state, in which `deter` is h."""
         deter = clear(state, first)["deter"]
         h = deter.to(x.dtype)
         mixed = self.mix_blocks(h) + self.mix_shared(torch.cat([self.past(h), x], -1))
         gates = self.gates(F.silu(self.norm(mixed))).to(deter.dtype)  # (B, 3 F)
-        reset, candidate, update = (
-            part.flatten(-2) for part in gates.unflatten(-1, (self.blocks, 3, -1)).unbind(-2)
-        )
+        reset, candidate, update = (part.flatten(-2) for part in gates.unflatten(-1, (self.blocks, 3, -1)).unbind(-2))
         update = torch.sigmoid(update - 1)
         deter = update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * deter
         return deter, {"deter": deter}
@@ -81,12 +79,12 @@ class BlockGRU(RecurrentCore):
     def sequence(
         self, x: Tensor, state: State, first: Tensor, keep: Sequence[int] | None = None
     ) -> tuple[Tensor, State]:
-        """x (B, T, X), first (B, T) -> h (B, T, F) and the state, (B, F) or with `keep` (B, K, F)."""
+        """X (B, T, X), first (B, T) -> h (B, T, F) and the state, (B, F) or with `keep` (B, K, F)."""
 
         def step(
             carry: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
         ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-            h, after = self.step(inputs[0], {"deter": carry[0]}, inputs[1])
+            _, after = self.step(inputs[0], {"deter": carry[0]}, inputs[1])
             return (after["deter"],), ()
 
         inputs = (x.transpose(0, 1), first.transpose(0, 1))

@@ -18,14 +18,13 @@ Step = Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]
 """(memory (B, ...), inputs (B, ...)) -> (memory after the step (B, ...), outputs (B, ...)), rows independent."""
 
 
-def scan(
-    chain: Step, batched: Step, parameters: Tensors, carry: Tensors, inputs: Tensors
-) -> tuple[Tensors, Tensors]:
+def scan(chain: Step, batched: Step, parameters: Tensors, carry: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
     """Run a step over time.
 
     Args:
         chain: the step as it runs through time, with the gradient of its memory.
-        batched: the same function with the gradients of weights and inputs; called with T * B rows in backward.
+        batched: the same function with the gradients of weights and inputs; called with T * B rows in backward, so
+            it must find the same weights then (a `functional_call` around `scan` is over by that time).
         parameters: what `batched` learns.
         carry: memory before the first step, tensors (B, ...).
         inputs: tensors (T, B, ...).
@@ -75,15 +74,13 @@ class _Scan(torch.autograd.Function):
         wanted = ctx.needs_input_grad[5 + n_carry : 5 + n_carry + n_inputs]
         with torch.enable_grad():
             rows = tuple(
-                tensor.detach().flatten(0, 1).requires_grad_(want)
-                for tensor, want in zip(inputs, wanted, strict=True)
+                tensor.detach().flatten(0, 1).requires_grad_(want) for tensor, want in zip(inputs, wanted, strict=True)
             )
             after, output = ctx.batched(tuple(t.detach().flatten(0, 1) for t in before), rows)
         sources = [row for row in rows if row.requires_grad]
         found = iter(_grad((*after, *output), [*sources, *parameters], arriving))
         input_grads = [
-            next(found).view_as(tensor) if row.requires_grad else None
-            for tensor, row in zip(inputs, rows, strict=True)
+            next(found).view_as(tensor) if row.requires_grad else None for tensor, row in zip(inputs, rows, strict=True)
         ]
         return (None, None, None, None, None, *carry_grad, *input_grads, *found)
 
@@ -115,9 +112,7 @@ def _grad(results: Sequence[Tensor], sources: Sequence[Tensor], arriving: Sequen
     grads = torch.autograd.grad(
         [result for result, _ in pairs], list(sources), [grad for _, grad in pairs], allow_unused=True
     )
-    return [
-        torch.zeros_like(source) if grad is None else grad for grad, source in zip(grads, sources, strict=True)
-    ]
+    return [torch.zeros_like(source) if grad is None else grad for grad, source in zip(grads, sources, strict=True)]
 
 
 def _stack(steps: Sequence[Sequence[Tensor]]) -> Tensors:

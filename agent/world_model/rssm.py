@@ -68,17 +68,18 @@ class RSSM(nn.Module):
         return torch.cat([h.to(dtype), z.flatten(-2).to(dtype)], -1)
 
     def core_input(self, z: Tensor, action: Tensor, first: Tensor, dtype: torch.dtype) -> Tensor:
-        """x (..., 2 * hidden) from the code z (..., G, C) and the action (..., A) before it, zero where first (...).
+        """X (..., 2 * hidden) from the code z (..., G, C) and the action (..., A) before it, zero where first (...).
 
         An action beyond [-1, 1] is scaled back to it, since the environment clips what is sampled without bounds.
         """
-        keep = (~first).unsqueeze(-1)
-        action = (action / action.abs().clamp(min=1)) * keep
-        code = z.flatten(-2) * keep
+        # `where` and not a product: what came before a reset may be anything, and 0 * NaN is NaN.
+        forget = first.unsqueeze(-1)
+        action = torch.where(forget, 0.0, action / action.abs().clamp(min=1))
+        code = torch.where(forget, 0.0, z.flatten(-2))
         return torch.cat([self.z_input(code.to(dtype)), self.action_input(action.to(dtype))], -1)
 
     def prior_log_probs(self, h: Tensor, dtype: torch.dtype) -> Tensor:
-        """log p(z | h) (..., G, C) for h (..., F)."""
+        """Log p(z | h) (..., G, C) for h (..., F)."""
         return self._log_probs(self.prior(h.to(dtype)))
 
     def _log_probs(self, logits: Tensor) -> Tensor:
@@ -88,9 +89,7 @@ class RSSM(nn.Module):
         probs = log_probs.exp()
         return straight_through(categorical_sample(probs, uniform), probs)
 
-    def imagine_step(
-        self, state: State, z: Tensor, action: Tensor, uniform: Tensor, dtype: torch.dtype
-    ) -> Latent:
+    def imagine_step(self, state: State, z: Tensor, action: Tensor, uniform: Tensor, dtype: torch.dtype) -> Latent:
         """One step without observation: memory (B, ...), z (B, G, C), action (B, A), uniform (B, G) noise."""
         first = torch.zeros(z.shape[0], dtype=torch.bool, device=z.device)
         h, state = self.core.step(self.core_input(z, action, first, dtype), state, first)

@@ -15,7 +15,9 @@ class Chase(gymnasium.Env[Any, Any]):
     observation_space = gymnasium.spaces.Box(-2, 2, (2,), np.float32)
     action_space = gymnasium.spaces.Discrete(3)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         self.place, self.target = self.np_random.uniform(-1, 1, 2)
         self.time = 0

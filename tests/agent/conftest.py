@@ -40,7 +40,7 @@ def debug_config() -> Make:
 def make_agent(debug_config: Make) -> Make:
     """Function of an action space and settings: an agent that sees three reals and one choice of four."""
 
-    def make(action: gymnasium.Space[Any], settings: Sequence[str] = (), seed: int = 0) -> Agent:
+    def make(action: gymnasium.Space[Any], settings: Sequence[str] = (), seed: int = 0, device: str = "cpu") -> Agent:
         observations = gymnasium.spaces.Dict(
             {
                 "place": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32),
@@ -48,7 +48,7 @@ def make_agent(debug_config: Make) -> Make:
             }
         )
         torch.manual_seed(seed)
-        return Agent(observations, action, debug_config(*settings), torch.device("cpu"))
+        return Agent(observations, action, debug_config(*settings), torch.device(device))
 
     return make
 
@@ -66,7 +66,7 @@ def make_replay() -> Make:
             streams=2,
             capacity=2 * rows,
             window=window,
-            device=torch.device("cpu"),
+            device=agent.device,
             seed=seed,
             online_queue=False,
         )

@@ -77,9 +77,7 @@ def inferred(agent: Agent, replay: Replay, use_context: bool = True) -> dict[str
             seen = {key: rows[key][:, t + 1] for key in ("place", "signal")}
             token = agent.world_model.encoder(seen, torch.float32)
             previous = agent.action.encode(rows["action"][:, t])
-            latent, _ = rssm.observe_step(
-                state, z, previous, rows["is_first"][:, t + 1], token, uniform[:, t]
-            )
+            latent, _ = rssm.observe_step(state, z, previous, rows["is_first"][:, t + 1], token, uniform[:, t])
             state, z = latent.state, latent.z
             columns.append({f"state/{key}": value for key, value in state.items()} | {"z": z.argmax(-1)})
     return {key: torch.stack([column[key] for column in columns], 1) for key in columns[0]}
@@ -120,9 +118,7 @@ def test_an_unknown_space_is_named(make_agent: Make) -> None:
 
 @every_action
 @both_posteriors
-def test_acts_and_learns(
-    make_agent: Make, make_replay: Make, action: gymnasium.Space, posterior: str
-) -> None:
+def test_acts_and_learns(make_agent: Make, make_replay: Make, action: gymnasium.Space, posterior: str) -> None:
     agent = make_agent(action, [f"rssm.posterior={posterior}", "optimizer.warmup=0"])
     carry = agent.initial(5)
     for t in range(3):
@@ -176,9 +172,7 @@ def test_mode_takes_the_most_likely_action(make_agent: Make) -> None:
 
 @both_posteriors
 @every_action
-def test_acting_infers_what_training_infers(
-    make_agent: Make, action: gymnasium.Space, posterior: str
-) -> None:
+def test_acting_infers_what_training_infers(make_agent: Make, action: gymnasium.Space, posterior: str) -> None:
     agent = make_agent(action, [f"rssm.posterior={posterior}"])
     rssm, amount, steps = agent.world_model.rssm, 3, 6
     first = torch.zeros(amount, steps, dtype=torch.bool)
@@ -197,9 +191,7 @@ def test_acting_infers_what_training_infers(
     together = {key: torch.stack([one[key] for one in seen], 1) for key in seen[0]}
     token = agent.world_model.encoder(together, torch.float32)
     found = rssm.observe(*rssm.initial(amount), torch.stack(previous, 1), first, token, torch.stack(noise, 1))
-    torch.testing.assert_close(
-        found.latent.state["deter"].detach(), torch.stack(memory, 1), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(found.latent.state["deter"].detach(), torch.stack(memory, 1), rtol=1e-4, atol=1e-5)
     assert torch.equal(found.latent.z.argmax(-1), torch.stack(codes, 1).argmax(-1))
     assert torch.stack(previous, 1)[:, 1:].abs().max() > 0
 
@@ -246,9 +238,7 @@ def test_an_update_writes_its_posterior_back_to_its_rows_and_to_no_others(
     for b, (stream, start) in enumerate(WINDOWS.T.tolist()):
         own = slice(start + 1, start + 9)
         written[stream, own] = True
-        torch.testing.assert_close(
-            after["state/deter"][stream, own], expected["state/deter"][b], rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(after["state/deter"][stream, own], expected["state/deter"][b], rtol=1e-4, atol=1e-5)
         assert torch.equal(after["z"][stream, own].long(), expected["z"][b])
     for key in before:
         assert torch.equal(after[key][~written], before[key][~written])
@@ -337,16 +327,12 @@ def test_imagination_starts_at_every_state_and_carries_no_gradient(make_agent: M
     assert found.feature.shape == (horizon + 1, 6, rssm.feature_size)
     assert found.action.shape == (horizon, 6, 2)
     assert found.reward.shape == found.continuation.shape == (horizon + 1, 6)
-    torch.testing.assert_close(
-        found.feature[0], torch.cat([h.detach().flatten(0, 1), z.flatten(0, 1).flatten(1)], -1)
-    )
+    torch.testing.assert_close(found.feature[0], torch.cat([h.detach().flatten(0, 1), z.flatten(0, 1).flatten(1)], -1))
     assert not any(tensor.requires_grad for tensor in found)
     first = torch.zeros(6, dtype=torch.bool)
     state, code = {"deter": found.feature[0, :, : rssm.core.feature_size]}, z.flatten(0, 1)
     for t in range(horizon):
-        after, state = rssm.core.step(
-            rssm.core_input(code, found.action[t], first, torch.float32), state, first
-        )
+        after, state = rssm.core.step(rssm.core_input(code, found.action[t], first, torch.float32), state, first)
         feature = found.feature[t + 1]
         torch.testing.assert_close(feature[:, : rssm.core.feature_size], after.detach(), rtol=1e-4, atol=1e-5)
         code = feature[:, rssm.core.feature_size :].unflatten(-1, (rssm.groups, rssm.classes))

@@ -53,9 +53,7 @@ def make(debug_config: Callable[..., Config]) -> Make:
 
 def imagination(behavior: Behavior) -> Imagined:
     feature = torch.randn(H + 1, N, FEATURE)
-    action = (
-        behavior.actor(feature[:-1]).sample(behavior.actor.space.noise((H, N), torch.device("cpu"))).detach()
-    )
+    action = behavior.actor(feature[:-1]).sample(behavior.actor.space.noise((H, N), torch.device("cpu"))).detach()
     return Imagined(feature, action, torch.randn(H + 1, N) * 3, torch.rand(H + 1, N) * 0.5 + 0.5)
 
 
@@ -63,9 +61,7 @@ def fp64(tensor: Tensor) -> np.ndarray:
     return tensor.detach().double().numpy()
 
 
-def brute_force(
-    r: np.ndarray, live: np.ndarray, b: np.ndarray, last: np.ndarray, lam: float, t: int
-) -> np.ndarray:
+def brute_force(r: np.ndarray, live: np.ndarray, b: np.ndarray, last: np.ndarray, lam: float, t: int) -> np.ndarray:
     """R_t by recursion, as the formula says it."""
     if t == len(r) - 1:
         return b[t]
@@ -157,9 +153,7 @@ def test_imagination_losses_follow_the_formulas(make: Make, action: Space) -> No
     policy = behavior.actor(imagined.feature[:-1])
     log_prob, entropy = fp64(policy.log_prob(imagined.action)), fp64(policy.entropy())
     actor = -weight * ((returns - value[:-1]) / scale * log_prob + 0.1 * entropy)
-    critic = weight * (
-        cross_entropy(logits[:-1], returns, bins) + cross_entropy(logits[:-1], slow_value[:-1], bins)
-    )
+    critic = weight * (cross_entropy(logits[:-1], returns, bins) + cross_entropy(logits[:-1], slow_value[:-1], bins))
     np.testing.assert_allclose(fp64(found.losses["actor"]), actor, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(fp64(found.losses["critic"]), critic, rtol=1e-3, atol=1e-3)
     assert found.statistics["return_scale"].item() == pytest.approx(scale, rel=1e-4)
@@ -168,9 +162,7 @@ def test_imagination_losses_follow_the_formulas(make: Make, action: Space) -> No
 @pytest.mark.parametrize("name", ["actor", "critic"])
 def test_actor_and_critic_losses_train_only_their_own_network(make: Make, name: str) -> None:
     behavior, slow, config = make(ACTIONS["continuous"])
-    found = imagination_loss(
-        behavior, slow, ReturnNormalizer(config.behavior), imagination(behavior), config.behavior
-    )
+    found = imagination_loss(behavior, slow, ReturnNormalizer(config.behavior), imagination(behavior), config.behavior)
     named = dict(behavior.named_parameters())
     gradients = torch.autograd.grad(
         found.losses[name].sum(), list(named.values()), allow_unused=True, materialize_grads=True
@@ -182,12 +174,8 @@ def test_actor_and_critic_losses_train_only_their_own_network(make: Make, name: 
 @pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS.keys())
 def test_descent_makes_advantageous_actions_likelier(make: Make, action: Space) -> None:
     behavior, slow, config = make(action, "behavior.entropy=0.0")
-    good = Imagined(
-        *(tensor[:length, :1] for tensor, length in zip(imagination(behavior), (2, 1, 2, 2), strict=True))
-    )
-    good = good._replace(
-        reward=torch.full((2, 1), 1e4)
-    )  # far from any value: the sign of the advantage is known
+    good = Imagined(*(tensor[:length, :1] for tensor, length in zip(imagination(behavior), (2, 1, 2, 2), strict=True)))
+    good = good._replace(reward=torch.full((2, 1), 1e4))  # far from any value: the sign of the advantage is known
     for imagined, sign in ((good, 1), (good._replace(reward=-good.reward), -1)):
         loss = imagination_loss(behavior, slow, ReturnNormalizer(config.behavior), imagined, config.behavior)
         actor = copy.deepcopy(behavior.actor)
@@ -239,9 +227,7 @@ def test_replay_value_loss_follows_the_formula(make: Make) -> None:
     returns = np.stack([brute_force(*arrays, 0.95, t) for t in range(5)])
     bins, feature = fp64(behavior.critic.bins), real["feature"].detach()[:-1]
     logits, slow_value = fp64(behavior.critic(feature)), fp64(slow.mean(slow(feature)))
-    expected = (1 - last[:-1]) * (
-        cross_entropy(logits, returns, bins) + cross_entropy(logits, slow_value, bins)
-    )
+    expected = (1 - last[:-1]) * (cross_entropy(logits, returns, bins) + cross_entropy(logits, slow_value, bins))
     np.testing.assert_allclose(fp64(loss), expected, rtol=1e-3, atol=1e-3)
     assert (loss[real["last"][:-1]] == 0).all()
 

@@ -80,9 +80,7 @@ def test_a_failing_rename_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch:
     assert_holds(tmp_path / "step_000000000001.pt", 1)
 
 
-def test_a_crash_before_the_rename_leaves_the_old_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_before_the_rename_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, 1, example(1), keep=1)
 
     def write_half(content: object, file: Any) -> None:
@@ -145,7 +143,7 @@ def test_other_versions_and_other_projects_are_refused(tmp_path: Path) -> None:
 
 def test_random_generators_go_on_after_a_round_trip(tmp_path: Path) -> None:
     def draw() -> list[float]:
-        normal = np.random.standard_normal(3)  # an odd amount leaves half of a pair in the generator
+        normal = np.random.standard_normal(3)  # noqa: NPY002 - an odd amount leaves half of a pair in the generator
         return [random.random(), random.gauss(0, 1), *normal.tolist(), *torch.rand(5).tolist()]
 
     draw()

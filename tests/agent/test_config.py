@@ -151,9 +151,7 @@ def test_a_chosen_size_is_not_told():
 
 
 def test_values_are_yaml():
-    config = walker(
-        "steps=5e5", "env.time_limit=100", "train.ratio=0.5", "loss.reward=2", "log.tensorboard=false"
-    )
+    config = walker("steps=5e5", "env.time_limit=100", "train.ratio=0.5", "loss.reward=2", "log.tensorboard=false")
     assert config.steps == 500_000
     assert isinstance(config.steps, int)
     assert config.env.time_limit == 100

@@ -11,7 +11,7 @@ from torch import Tensor
 from agent.config import Config
 from agent.cores import RecurrentCore, State, make_core, registered_cores
 from agent.cores.gru import BlockGRU
-from agent.cores.gru import Config as GRUConfig
+from agent.cores.gru import BlockGRUConfig as GRUConfig
 
 INPUT, B, T = 6, 3, 7
 BF16_DRIFT = 0.05  # largest share of the output's norm that 64 steps with products in bf16 may be off
@@ -74,9 +74,7 @@ def test_declares_what_it_is(core: RecurrentCore) -> None:
         assert value.dtype == torch.float32
     h, after = core.step(torch.randn(4, INPUT).double(), state, torch.zeros(4, dtype=torch.bool))
     assert h.shape == (4, core.feature_size)
-    assert {key: value.shape for key, value in after.items()} == {
-        key: value.shape for key, value in state.items()
-    }
+    assert {key: value.shape for key, value in after.items()} == {key: value.shape for key, value in state.items()}
 
 
 def test_sequence_equals_steps_with_values_and_all_gradients(core: RecurrentCore) -> None:
@@ -85,9 +83,7 @@ def test_sequence_equals_steps_with_values_and_all_gradients(core: RecurrentCore
         value.requires_grad_()
     sources = [x, *state.values(), *core.parameters()]
     h_weight = torch.randn(B, T, core.feature_size, dtype=torch.float64)
-    state_weights = {
-        key: torch.randn(B, T, *value.shape[1:], dtype=torch.float64) for key, value in state.items()
-    }
+    state_weights = {key: torch.randn(B, T, *value.shape[1:], dtype=torch.float64) for key, value in state.items()}
     results, gradients = [], []
     for h, states in (
         core.sequence(x, state, some_first(), keep=range(T)),
@@ -125,9 +121,7 @@ def test_keep_gives_the_memory_after_the_chosen_steps(core: RecurrentCore) -> No
     x, first, state = inputs(), some_first(), used_state(core)
     _, states = one_by_one(core, x, state, first)
     _, last = core.sequence(x, state, first)
-    torch.testing.assert_close(
-        last, {key: value[:, -1] for key, value in states.items()}, rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(last, {key: value[:, -1] for key, value in states.items()}, rtol=1e-10, atol=1e-12)
     for keep in ([0], [T - 1], [1, 4, 5], range(T)):
         _, kept = core.sequence(x, state, first, keep=keep)
         expected = {key: value[:, list(keep)] for key, value in states.items()}
@@ -179,9 +173,7 @@ def test_streams_do_not_see_each_other(core: RecurrentCore) -> None:
     together, end = core.sequence(x, state, first)
     for stream in range(B):
         alone = slice(stream, stream + 1)
-        h, alone_end = core.sequence(
-            x[alone], {key: value[alone] for key, value in state.items()}, first[alone]
-        )
+        h, alone_end = core.sequence(x[alone], {key: value[alone] for key, value in state.items()}, first[alone])
         torch.testing.assert_close(h, together[alone], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(alone_end, {key: value[alone] for key, value in end.items()})
 

@@ -179,9 +179,7 @@ def test_normal_policy() -> None:
 
     a = action.double().numpy()
     density = np.exp(-((a - mean) ** 2) / (2 * std**2)) / np.sqrt(2 * np.pi * std**2)
-    np.testing.assert_allclose(
-        policy.log_prob(action).numpy(), np.log(density.prod(-1)), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(policy.log_prob(action).numpy(), np.log(density.prod(-1)), rtol=1e-4, atol=1e-5)
 
     grid = np.linspace(-12, 12, 200_001)  # the entropy as the integral that defines it
     spread = np.exp(-(grid**2) / (2 * std[..., None] ** 2)) / np.sqrt(2 * np.pi * std[..., None] ** 2)

@@ -22,9 +22,7 @@ def read(logdir):
 
 def test_lines_are_valid_json_with_the_step_first(tmp_path):
     logger = MetricsLogger(tmp_path / "new" / "run", tensorboard=False)
-    logger.write(
-        8, {"a": torch.tensor(0.5), "b": np.float32(2), "c": math.nan, "d": math.inf, "e": -math.inf}
-    )
+    logger.write(8, {"a": torch.tensor(0.5), "b": np.float32(2), "c": math.nan, "d": math.inf, "e": -math.inf})
     logger.close()
     (line,) = read(tmp_path / "new" / "run")
     assert line == {"step": 8, "a": 0.5, "b": 2.0, "c": "nan", "d": "inf", "e": "-inf"}

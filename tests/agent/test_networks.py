@@ -59,9 +59,7 @@ def test_mlp_is_linear_norm_silu_again_and_again(layers: int) -> None:
         (BlockLinear(512, 1024, 8, fan_in=2048), 2048**-0.5),
     ],
 )
-def test_initial_weights_are_a_truncated_normal_of_variance_one_over_fan_in(
-    layer: nn.Module, std: float
-) -> None:
+def test_initial_weights_are_a_truncated_normal_of_variance_one_over_fan_in(layer: nn.Module, std: float) -> None:
     weight = layer.weight.detach()
     assert weight.std().item() == pytest.approx(std, rel=0.02)
     assert abs(weight.mean().item()) < 0.02 * std

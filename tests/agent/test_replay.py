@@ -11,9 +11,9 @@ from agent.errors import UserError
 from agent.replay import Replay, choose_device, storage_bytes
 
 CPU = torch.device("cpu")
-FLAGS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-    name: ((), torch.bool) for name in ("is_first", "is_last", "is_terminal")
-}
+FLAGS: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict.fromkeys(
+    ("is_first", "is_last", "is_terminal"), ((), torch.bool)
+)
 ROWS = {
     "position": ((3,), torch.float32),
     "reward": ((), torch.float32),
@@ -32,9 +32,7 @@ def make(streams: int = 3, length: int = 20, window: int = 5, **changes: Any) ->
         "seed": 0,
         "online_queue": False,
     }
-    return Replay(
-        **{**settings, "streams": streams, "capacity": streams * length, "window": window, **changes}
-    )
+    return Replay(**{**settings, "streams": streams, "capacity": streams * length, "window": window, **changes})
 
 
 def value(stream: int, position: int) -> dict[str, Tensor]:

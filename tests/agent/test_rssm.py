@@ -140,9 +140,7 @@ def test_observation_posterior_ignores_memory_and_recurrent_does_not(make_rssm: 
     for posterior, depends in (("observation", False), ("recurrent", True)):
         rssm = make_rssm(posterior)
         one, other = Experience(rssm), Experience(rssm)
-        found = [
-            rssm.observe(e.state, e.z, e.action, one.first, one.token, one.uniform) for e in (one, other)
-        ]
+        found = [rssm.observe(e.state, e.z, e.action, one.first, one.token, one.uniform) for e in (one, other)]
         differs = not torch.equal(found[0].log_probs, found[1].log_probs)
         assert differs == depends
         assert not torch.equal(found[0].latent.h, found[1].latent.h)

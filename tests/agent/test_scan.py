@@ -57,9 +57,7 @@ def run(step: Step, carry: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> li
     return [*carries, *outputs]
 
 
-@pytest.mark.parametrize(
-    "read", [range(6), [0], [1], [2], [3], [4], [0, 3], [1, 2]], ids=lambda read: str(list(read))
-)
+@pytest.mark.parametrize("read", [range(6), [0], [1], [2], [3], [4], [0, 3], [1, 2]], ids=lambda read: str(list(read)))
 def test_values_and_all_gradients_equal_a_plain_loop(read: list[int]) -> None:
     step, carry, inputs = problem()
     results, expected = run(step, carry, inputs), loop(step, carry, inputs)

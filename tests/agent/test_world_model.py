@@ -195,9 +195,7 @@ def test_the_two_kl_losses_at_one_step_reach_prior_and_posterior_apart(make_mode
     state, z = model.rssm.initial(B)
     token = model.encoder(data.observation, torch.float32)
     first = torch.ones(B, T, dtype=torch.bool)  # no code reaches the next step's memory
-    found = model.rssm.observe(
-        state, z, data.previous_action, first, token, torch.rand(B, T, model.rssm.groups)
-    )
+    found = model.rssm.observe(state, z, data.previous_action, first, token, torch.rand(B, T, model.rssm.groups))
     losses, _ = model.losses(data, found, feature_of(model, found))
     dynamics = trained_by(model, losses["dynamics"].sum(), {})
     assert "rssm.prior" in dynamics
