@@ -161,8 +161,9 @@ class Agent:
         if replay.device == self.device:
 
             def update(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-                latents, metrics = self._learn(*replay.gather(inputs["index"]))
-                replay.write_back(inputs["index"], latents)
+                index = inputs["index"].to(self.device)
+                latents, metrics = self._learn(*replay.gather(index))
+                replay.write_back(index, latents)
                 return metrics
 
             self._update = Captured(update, self.device) if self._captures else update
