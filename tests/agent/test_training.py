@@ -1,0 +1,139 @@
+"""Whole runs: an agent that learns, a run that is stopped and goes on, mistakes that change nothing on disk."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import agent
+from agent import checkpoint
+from agent import config as configuration
+from agent.config import Config
+from agent.errors import UserError
+from agent.training import train
+
+ROOT = Path(__file__).parents[2]
+CHASE = "gym_chase:Chase-v0"
+SMALL = ["log.tensorboard=false", "log.every=200", "env.amount=2", "env.parallel=false"]
+
+
+def small_config(steps: int, *settings: str) -> Config:
+    return configuration.resolve(env=CHASE, size="debug", device="cpu", steps=steps, settings=[*SMALL, *settings])
+
+
+def lines(logdir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(logdir: Path) -> list[dict[str, float]]:
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines(logdir)]
+
+
+def test_a_tiny_agent_learns_far_beyond_random(tmp_path: Path) -> None:
+    """Random actions get 3.5 of 32; standing on the target from the start would get 32."""
+    torch.set_num_threads(1)  # so small a network is no faster with two, and threads that must share a core crawl
+    settings = [
+        "optimizer.lr=1e-3", "optimizer.warmup=100", "train.ratio=32", "train.batch_size=8", "train.batch_length=16",
+        "rssm.hidden=32", "heads.units=32", "core.deter=64", "env.amount=4", "behavior.entropy=0.01",
+    ]  # fmt: skip
+    train(small_config(5_000, *settings), tmp_path)
+    returns = [line["episode/return"] for line in lines(tmp_path) if "episode/return" in line]
+    assert statistics.mean(returns[:8]) < 8
+    assert statistics.mean(returns[-24:]) > 20
+    player = agent.load(tmp_path)
+    assert agent.evaluate(player, episodes=8)["mean"] > 20
+
+
+def test_equal_seeds_give_equal_runs(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        train(small_config(400), tmp_path / name)
+    assert without_times(tmp_path / "one") == without_times(tmp_path / "two")
+    assert len(without_times(tmp_path / "one")) > 5
+
+
+def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:
+    train(small_config(400), tmp_path)
+    first = lines(tmp_path)
+    updates = first[-1]["updates"] if "updates" in first[-1] else max(line.get("updates", 0) for line in first)
+    train(small_config(800), tmp_path)
+    both = lines(tmp_path)
+    assert both[: len(first)] == first
+    assert [line["step"] for line in both] == sorted(line["step"] for line in both)
+    assert max(line.get("updates", 0) for line in both) > updates
+    saved = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))  # type: ignore[arg-type]
+    assert saved["rows"] * 2 == 800
+
+
+def test_lines_after_the_checkpoint_are_written_again_and_not_twice(tmp_path: Path) -> None:
+    train(small_config(400), tmp_path)
+    first = lines(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # what a run wrote between its checkpoint and its death
+        file.write('{"step": 500, "episode/return": 1.0}\n')
+    train(small_config(600), tmp_path)
+    after = lines(tmp_path)
+    assert after[: len(first)] == first
+    assert {"step": 500, "episode/return": 1.0} not in after
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    logdir = tmp_path / "run"
+    command = [
+        sys.executable, "scripts/train_agent.py", "--env", CHASE, "--size", "debug", "--device", "cpu",
+        "--steps", "1000000", "--logdir", str(logdir), "--set", *SMALL,
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'agent'}"}
+
+    def run_until(step: int) -> None:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        while not (logdir / "metrics.jsonl").exists() or max([0, *(line["step"] for line in lines(logdir))]) < step:
+            assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "the same command goes on" in errors
+
+    run_until(200)
+    first = lines(logdir)
+    run_until(max(int(line["step"]) for line in first) + 200)
+    assert lines(logdir)[: len(first)] == first
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"settings": [*SMALL, "optimizer.lr=1e-5"]}])
+def test_a_logdir_of_another_configuration_is_refused(tmp_path: Path, other: dict[str, object]) -> None:
+    train(small_config(100), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    asked = {"env": CHASE, "size": "debug", "device": "cpu", "steps": 100, "settings": SMALL} | other
+    with pytest.raises(UserError, match="holds a run with"):
+        train(configuration.resolve(**asked), tmp_path)  # type: ignore[arg-type]
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        train(small_config(100), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_unknown_environment_leaves_no_logdir(tmp_path: Path) -> None:
+    logdir = tmp_path / "run"
+    command = [sys.executable, "scripts/train_agent.py", "--env", "dmc_walker_wolk", "--logdir", str(logdir)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "dmc_walker_walk" in result.stderr and "Traceback" not in result.stderr
+    assert not logdir.exists()
+
+
+def test_loading_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run"):
+        agent.load(tmp_path)
