@@ -83,8 +83,10 @@ def record(agent: Agent, file: Path, seed: int = 0) -> float:
     Raises:
         UserError: the environment does not render, or this kind of file cannot be written.
     """
-    import imageio.v3 as imageio
-
+    try:
+        import imageio.v3 as imageio
+    except ImportError:
+        raise UserError("--video needs imageio: pip install 'imageio[ffmpeg]'") from None
     settings = agent.config.env
     env = envs.make(settings.name, action_repeat=settings.action_repeat, time_limit=settings.time_limit, render=True)
     torch.manual_seed(seed)

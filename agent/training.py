@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from agent import checkpoint
 from agent import config as configuration
@@ -292,8 +293,8 @@ class Foretelling:
         self.done = True
         rate = (updates - self.start) / (time.monotonic() - self.since)
         left = max(0, planned - updates)
-        minutes = f"about {left / rate / 60:.0f} minutes for the {left:,} updates left"
-        return f"calibrated  {rate:.3g} updates/s with acting: {minutes}"
+        duration = tqdm.format_interval(left / rate)
+        return f"calibrated  {rate:.3g} updates/s with acting, so {duration} for the {left:,} updates left"
 
 
 class SignalsHeld:

@@ -57,8 +57,10 @@ def write_csv(file: Path, curves: dict[str, Curve]) -> None:
 
 def draw(file: Path, curves: dict[str, Curve], published: tuple | None, title: str) -> None:
     """The curves as a figure."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--figure needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
