@@ -16,11 +16,17 @@ from agent.training import choose_training_device, tensors
 from envs.streams import Streams
 
 
-def load(logdir: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto") -> Agent:
+def load(logdir: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto", render: bool = False) -> Agent:
     """The agent of the newest checkpoint in `logdir`, ready to act.
+
+    Args:
+        logdir: folder of a training run.
+        device: where the agent is to live.
+        render: prepare for `record`. A process chooses once whether dm_control renders, at its first environment.
 
     Raises:
         UserError: there is no run or no checkpoint, or it is damaged.
+        EnvError: `render` is asked for, and the environment cannot.
     """
     logdir = Path(logdir)
     if not (logdir / "config.yaml").exists():
@@ -32,7 +38,12 @@ def load(logdir: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto") ->
         raise UserError(f"--device {device}: use auto, cpu or cuda")
     config = dataclasses.replace(configuration.load(logdir / "config.yaml"), device=device, compile="eager")
     saved = checkpoint.load(path)
-    env = envs.make(config.env.name, action_repeat=config.env.action_repeat, time_limit=config.env.time_limit)
+    env = envs.make(
+        config.env.name,
+        action_repeat=config.env.action_repeat,
+        time_limit=config.env.time_limit,
+        render=render,
+    )
     agent = Agent(env.observation_space, env.action_space, config, choose_training_device(config))
     env.close()
     agent.load_state_dict(saved["agent"])
@@ -79,6 +90,8 @@ def evaluate(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
 
 def record(agent: Agent, file: Path, seed: int = 0) -> float:
     """Play one episode with the most likely actions and write it as a video; gives its return.
+
+    Give `load` the argument `render=True` before.
 
     Raises:
         UserError: the environment does not render, or this kind of file cannot be written.

@@ -135,7 +135,7 @@ class LiveLine:
         seconds = now - start
         frame_rate = (frames - first_frames) / seconds if seconds > 0 else 0.0
         update_rate = (updates - first_updates) / seconds if seconds > 0 else 0.0
-        left = tqdm.format_interval((self._total - frames) / frame_rate) if frame_rate > 0 else "?"
+        left = tqdm.format_interval(max(0, self._total - frames) / frame_rate) if frame_rate > 0 else "?"
         parts = [
             f"{frames:,}/{self._total:,} frames",
             f"ETA {left}",

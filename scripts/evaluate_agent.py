@@ -29,7 +29,7 @@ def main() -> None:
         raise UserError(f"--seed {arguments.seed}: give a whole number of at least 0")
     import agent
 
-    player = agent.load(arguments.logdir, arguments.device)
+    player = agent.load(arguments.logdir, arguments.device, render=arguments.video is not None)
     seed = int(arguments.seed)
     results = agent.evaluate(player, arguments.episodes, seed)
     if arguments.video:
