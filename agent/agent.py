@@ -15,12 +15,12 @@ from agent.behavior import (
     replay_value_loss,
 )
 from agent.capture import Captured
-from agent.config import Config
 from agent.cores import State
 from agent.errors import UserError
 from agent.networks import Frozen, parameter_count
 from agent.optimizer import LaProp
 from agent.replay import Replay, Spec
+from agent.schema import Config
 from agent.spaces import from_gymnasium
 from agent.world_model import Batch, WorldModel
 from agent.world_model.encoder import Observation

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from agent import config as configuration
+from agent import schema
 from agent.distributions import CategoricalPolicy, NormalPolicy, Policy
 from agent.networks import MLP, Linear
 from agent.spaces import Categories, Space
@@ -42,7 +42,7 @@ class Actor(nn.Module):
 class Behavior(nn.Module):
     """Actor and critic."""
 
-    def __init__(self, feature_size: int, action: Space, config: configuration.Config):
+    def __init__(self, feature_size: int, action: Space, config: schema.Config):
         super().__init__()
         heads = config.heads
         self.actor = Actor(feature_size, action, heads.units, heads.actor_layers)
@@ -82,7 +82,7 @@ class ReturnNormalizer(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, config: configuration.Behavior):
+    def __init__(self, config: schema.Behavior):
         super().__init__()
         self.rate, self.percentiles = config.return_rate, (config.return_low, config.return_high)
         self.register_buffer("low", torch.zeros(()))
@@ -119,7 +119,7 @@ class BehaviorLoss(NamedTuple):
 
 def imagination_loss(
     behavior: Behavior, slow_critic: TwoHotHead, normalizer: ReturnNormalizer, imagined: Imagined,
-    config: configuration.Behavior,
+    config: schema.Behavior,
 ) -> BehaviorLoss:  # fmt: skip
     """REINFORCE with entropy for the actor; for the critic two-hot regression to lambda-returns and the slow critic."""
     logits = behavior.critic(imagined.feature)
@@ -160,7 +160,7 @@ def critic_loss(
 
 def replay_value_loss(
     behavior: Behavior, slow_critic: TwoHotHead, feature: Tensor, reward: Tensor, last: Tensor, terminal: Tensor,
-    bootstrap: Tensor, config: configuration.Behavior,
+    bootstrap: Tensor, config: schema.Behavior,
 ) -> Tensor:  # fmt: skip
     """The critic on what really happened, (T - 1, B); its gradient reaches the world model through `feature`.
 

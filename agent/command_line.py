@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from agent import config as configuration
-from agent.config import Config
 from agent.errors import UserError
+from agent.schema import Config
 from envs.errors import EnvError
 
 FLAGS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agent.config import Optimizer
+from agent.schema import Optimizer
 
 # A weight of norm 0, such as a zero-initialised head, must still be able to move.
 SMALLEST_WEIGHT_NORM = 1e-3

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from agent import checkpoint
 from agent import config as configuration
 from agent.agent import Agent
-from agent.config import Config
 from agent.errors import UserError
 from agent.logging import LiveLine, MetricsLogger, memory
 from agent.ratio import Ratio
 from agent.replay import Replay, choose_device, storage_bytes
+from agent.schema import Config
 from envs.streams import Row, Streams
 
 CALIBRATION_UPDATES = 30

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from agent.config import Rssm
 from agent.cores import RecurrentCore, State
 from agent.cores.scan import Tensors, scan
 from agent.distributions import categorical_sample, straight_through, unimix_log_probs
 from agent.networks import MLP, Layer, Linear
+from agent.schema import Rssm
 
 
 class Latent(NamedTuple):

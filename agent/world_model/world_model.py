@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from agent.config import Config
 from agent.cores import make_core
 from agent.distributions import entropy, kl_divergence
+from agent.schema import Config
 from agent.spaces import Space
 from agent.world_model.encoder import Decoder, Encoder, Observation
 from agent.world_model.heads import ContinuationHead, TwoHotHead

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from agent import config as configuration
+from agent import schema
 from agent.agent import Agent
 from agent.replay import Replay
 
@@ -24,7 +25,7 @@ def _seed() -> None:
 def debug_config() -> Make:
     """Function of settings "key=value": the configuration of size debug, in fp32 on the CPU."""
 
-    def make(*settings: str, core: str = "gru", size: str = "debug") -> configuration.Config:
+    def make(*settings: str, core: str = "gru", size: str = "debug") -> schema.Config:
         return configuration.resolve(
             env="gym_CartPole-v1",
             core=core,

@@ -13,9 +13,9 @@ from torch import Tensor
 from agent import behavior
 from agent.agent import Agent, Carry
 from agent.behavior import BehaviorLoss
-from agent.config import Config
 from agent.errors import UserError
 from agent.replay import Replay
+from agent.schema import Config
 from agent.world_model.rssm import Latent
 
 ACTIONS = {

@@ -19,7 +19,7 @@ from agent.behavior import (
     lambda_return,
     replay_value_loss,
 )
-from agent.config import Config
+from agent.schema import Config
 from agent.spaces import Categories, Space, Vector
 from agent.world_model.heads import TwoHotHead
 

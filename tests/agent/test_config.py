@@ -6,6 +6,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from agent import config as configuration
+from agent import schema
 from agent.config import CONFIGS, differences, dump, load, may_change_on_resume, resolve
 from agent.cores.core import registered_cores
 from agent.errors import UserError
@@ -333,7 +334,7 @@ def test_default_file_has_every_key_with_a_comment():
 def test_no_default_is_kept_twice():
     assert not [
         field.name
-        for section in [configuration.Config, *configuration.SECTIONS.values()]
+        for section in [schema.Config, *configuration.SECTIONS.values()]
         for field in dataclasses.fields(section)
         if field.default is not dataclasses.MISSING
     ]

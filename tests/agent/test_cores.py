@@ -8,10 +8,10 @@ import torch
 from finite_differences import check_gradients
 from torch import Tensor
 
-from agent.config import Config
 from agent.cores import RecurrentCore, State, make_core, registered_cores
 from agent.cores.gru import BlockGRU
 from agent.cores.gru import BlockGRUConfig as GRUConfig
+from agent.schema import Config
 
 INPUT, B, T = 6, 3, 7
 BF16_DRIFT = 0.05  # largest share of the output's norm that 64 steps with products in bf16 may be off

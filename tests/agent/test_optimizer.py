@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from agent.config import Optimizer
 from agent.optimizer import LaProp
+from agent.schema import Optimizer
 
 SHAPES = [(6, 4), (5,), (3, 2), ()]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from agent.config import Config
 from agent.cores import State, make_core
 from agent.networks import Frozen
+from agent.schema import Config
 from agent.world_model.rssm import RSSM
 
 B, T, ACTION, TOKEN = 3, 6, 2, 5

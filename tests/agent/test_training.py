@@ -15,8 +15,8 @@ import torch
 import agent
 from agent import checkpoint
 from agent import config as configuration
-from agent.config import Config
 from agent.errors import UserError
+from agent.schema import Config
 from agent.training import train
 
 ROOT = Path(__file__).parents[2]

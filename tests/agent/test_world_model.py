@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from agent.config import Config
 from agent.distributions import unimix_log_probs
+from agent.schema import Config
 from agent.spaces import Categories, Space, Vector
 from agent.world_model import Batch, WorldModel
 from agent.world_model.encoder import network_input
