@@ -23,6 +23,7 @@ from agent.logging import LiveLine, MetricsLogger, memory
 from agent.ratio import Ratio
 from agent.replay import Replay, choose_device, storage_bytes
 from agent.schema import Config
+from envs.errors import EnvironmentFailure
 from envs.streams import Row, Streams
 
 CALIBRATION_UPDATES = 30
@@ -130,8 +131,12 @@ class Run:
             self.line = LiveLine(self.config.steps, self.frames, self.device.type)
             self._introduce(resumed)
             del saved
-            with self._signals():
-                self._loop()
+            with SignalsHeld(self):
+                try:
+                    self._loop()
+                except EnvironmentFailure:
+                    self.save()  # what was learned so far is worth keeping
+                    raise
         finally:
             self.streams.close()
         self._finish()
@@ -231,9 +236,6 @@ class Run:
         self.replay.load_state_dict(saved["replay"])
         self.ratio.load_state_dict(saved["ratio"])
         checkpoint.set_random_state(saved["random"])
-
-    def _signals(self) -> "SignalsHeld":
-        return SignalsHeld(self)
 
     # ---- telling ----------------------------------------------------------------------------------------------
 

@@ -33,4 +33,22 @@ class Chase(gymnasium.Env[Any, Any]):
         return np.array([self.place, self.target], np.float32)
 
 
+class Fragile(Chase):
+    """Breaks in its second episode."""
+
+    episodes = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        self.episodes += 1
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        if self.episodes == 2:
+            raise RuntimeError("the motor is too hot")
+        return super().step(action)
+
+
 gymnasium.register("Chase-v0", entry_point=Chase)
+gymnasium.register("Fragile-v0", entry_point=Fragile)

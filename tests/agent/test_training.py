@@ -18,6 +18,7 @@ from agent import config as configuration
 from agent.errors import UserError
 from agent.schema import Config
 from agent.training import train
+from envs.errors import EnvironmentFailure
 
 ROOT = Path(__file__).parents[2]
 CHASE = "gym_chase:Chase-v0"
@@ -104,6 +105,15 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     first = lines(logdir)
     run_until(max(int(line["step"]) for line in first) + 200)
     assert lines(logdir)[: len(first)] == first
+
+
+def test_an_environment_that_breaks_is_named_and_what_was_learned_is_kept(tmp_path: Path) -> None:
+    asked = {"env": "gym_chase:Fragile-v0", "size": "debug", "device": "cpu", "steps": 1000}
+    with pytest.raises(EnvironmentFailure, match="environment 0 .*RuntimeError in step: the motor is too hot"):
+        train(configuration.resolve(**asked, settings=[*SMALL, "replay.prefill=32"]), tmp_path)  # type: ignore[arg-type]
+    saved = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))  # type: ignore[arg-type]
+    assert saved["rows"] == 33
+    assert saved["agent"]["updates"] > 0
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"settings": [*SMALL, "optimizer.lr=1e-5"]}])
