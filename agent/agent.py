@@ -14,7 +14,7 @@ from agent.behavior import (
     imagination_loss,
     replay_value_loss,
 )
-from agent.capture import Captured
+from agent.capture import Captured, Tensors
 from agent.cores import State
 from agent.errors import UserError
 from agent.networks import Frozen, parameter_count
@@ -86,12 +86,18 @@ class Agent:
         self._imagine_step = compiled(self._imagined_step)
         self._optimize = compiled(self.optimizer.step)
         self._captures = on_gpu and self.mode != "eager"
-        self._act = Captured(self._act_eagerly, device) if self._captures else self._act_eagerly
-        self._update: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+        self._act = self._on_device(self._act_eagerly)
+        self._update: Callable[[Tensors], Tensors] | None = None
         self.updates = 0
         self._metric_names: list[str] = []
         self._metric_sums = torch.zeros(0, device=device)
         self._metric_count = 0
+
+    def _on_device(self, function: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
+        """The function for inputs from anywhere: captured, or as it is on inputs brought to the agent's device."""
+        if self._captures:
+            return Captured(function, self.device)
+        return lambda inputs: function({key: value.to(self.device) for key, value in inputs.items()})
 
     # ---- acting -----------------------------------------------------------------------------------------------
 
@@ -116,14 +122,12 @@ class Agent:
         inputs = {f"observation/{key}": observation[key] for key in self.observations}
         inputs |= {f"state/{key}": value for key, value in carry.state.items()}
         inputs |= {"z": carry.z, "action": carry.action, "first": first, "mode": torch.tensor([mode])}
-        outputs = self._act(
-            {key: value.to(self.device) for key, value in inputs.items()} if not self._captures else inputs
-        )
+        outputs = self._act(inputs)
         state = {key: outputs[f"state/{key}"] for key in carry.state}
         return self.action.decode(outputs["action"]), Carry(state, outputs["z"], outputs["action"])
 
     @torch.no_grad()
-    def _act_eagerly(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _act_eagerly(self, inputs: Tensors) -> Tensors:
         model, amount = self.frozen_world_model.module, inputs["first"].shape[0]
         token = model.encoder(_part(inputs, "observation"), self.dtype)
         uniform = torch.rand(amount, model.rssm.groups, device=self.device)
@@ -160,18 +164,17 @@ class Agent:
         """Learn from this replay from now on. Sampled rows never leave the GPU if replay lies there too."""
         if replay.device == self.device:
 
-            def update(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-                index = inputs["index"].to(self.device)
-                latents, metrics = self._learn(*replay.gather(index))
-                replay.write_back(index, latents)
+            def update(inputs: Tensors) -> Tensors:
+                latents, metrics = self._learn(*replay.gather(inputs["index"]))
+                replay.write_back(inputs["index"], latents)
                 return metrics
 
-            self._update = Captured(update, self.device) if self._captures else update
+            self._update = self._on_device(update)
             return
 
-        learn = Captured(self._learn_flat, self.device) if self._captures else self._learn_flat
+        learn = self._on_device(self._learn_flat)
 
-        def update_from_host(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        def update_from_host(inputs: Tensors) -> Tensors:
             rows, latents = replay.gather(inputs["index"])
             given = {f"row/{key}": value for key, value in rows.items()}
             given |= {f"latent/{key}": value for key, value in latents.items()}
@@ -181,7 +184,7 @@ class Agent:
 
         self._update = update_from_host
 
-    def _learn_flat(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _learn_flat(self, inputs: Tensors) -> Tensors:
         latents, metrics = self._learn(_part(inputs, "row"), _part(inputs, "latent"))
         return {f"latent/{k}": v for k, v in latents.items()} | {f"metric/{k}": v for k, v in metrics.items()}
 

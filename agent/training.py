@@ -159,7 +159,7 @@ class Run:
         carry = agent.initial(self.streams.amount)
         row = self.streams.reset()
         saved = logged = time.monotonic()
-        logged_rows, logged_updates = self.rows, agent.updates
+        logged_frames, logged_updates = self.frames, agent.updates
         log_rows = max(1, config.log.every // (config.env.amount * config.env.action_repeat))
         foretell = Foretelling(agent.updates)
         while self.frames < config.steps and self.stop_signal is None:
@@ -183,12 +183,11 @@ class Run:
                 rates = {
                     "updates": agent.updates,
                     "time/updates_per_second": (agent.updates - logged_updates) / (now - logged),
-                    "time/frames_per_second": (self.rows - logged_rows)
-                    * config.env.amount * config.env.action_repeat / (now - logged),
+                    "time/frames_per_second": (self.frames - logged_frames) / (now - logged),
                     "time/memory_gib": memory(self.device.type) / 2**30,
-                }  # fmt: skip
+                }
                 self.logger.write(self.frames, agent.take_metrics() | rates)
-                logged, logged_rows, logged_updates = now, self.rows, agent.updates
+                logged, logged_frames, logged_updates = now, self.frames, agent.updates
             if now - saved > 60 * config.checkpoint.minutes:
                 self.save()
                 saved = time.monotonic()
@@ -327,11 +326,9 @@ def tensors(row: Row) -> dict[str, Tensor]:
 
 def new_logdir(config: Config) -> Path:
     """A folder under `runs/` that does not exist yet, named after what is trained."""
-    base = f"runs/{config.env.name}-{config.core.name}-{config.size}-seed{config.seed}".replace("/", "_").replace(
-        "runs_", "runs/", 1
-    )
+    name = f"{config.env.name}-{config.core.name}-{config.size}-seed{config.seed}".replace("/", "_")
     for number in itertools.count(1):
-        path = Path(f"{base}-{number}")
+        path = Path("runs") / f"{name}-{number}"
         if not os.path.lexists(path):
             return path
     raise AssertionError("unreachable")

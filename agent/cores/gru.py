@@ -66,7 +66,7 @@ class BlockGRU(RecurrentCore):
         return {"deter": torch.zeros(batch, self.feature_size, device=self.norm.scale.device)}
 
     def step(self, x: Tensor, state: State, first: Tensor) -> tuple[Tensor, State]:
-        """X (B, X), state `deter` (B, F), first (B,) -> h (B, F) and the new state, in which `deter` is h."""
+        """Input x (B, X), state `deter` (B, F), first (B,) -> h (B, F) and the new state, in which `deter` is h."""
         deter = clear(state, first)["deter"]
         h = deter.to(x.dtype)
         mixed = self.mix_blocks(h) + self.mix_shared(torch.cat([self.past(h), x], -1))
@@ -79,7 +79,7 @@ class BlockGRU(RecurrentCore):
     def sequence(
         self, x: Tensor, state: State, first: Tensor, keep: Sequence[int] | None = None
     ) -> tuple[Tensor, State]:
-        """X (B, T, X), first (B, T) -> h (B, T, F) and the state, (B, F) or with `keep` (B, K, F)."""
+        """Inputs x (B, T, X), first (B, T) -> h (B, T, F) and the state, (B, F) or with `keep` (B, K, F)."""
 
         def step(
             carry: tuple[Tensor, ...], inputs: tuple[Tensor, ...]

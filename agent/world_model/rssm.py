@@ -68,7 +68,7 @@ class RSSM(nn.Module):
         return torch.cat([h.to(dtype), z.flatten(-2).to(dtype)], -1)
 
     def core_input(self, z: Tensor, action: Tensor, first: Tensor, dtype: torch.dtype) -> Tensor:
-        """X (..., 2 * hidden) from the code z (..., G, C) and the action (..., A) before it, zero where first (...).
+        """Input x (..., 2 * hidden) from the code z (..., G, C) and action (..., A) before it, zero where first (...).
 
         An action beyond [-1, 1] is scaled back to it, since the environment clips what is sampled without bounds.
         """
@@ -79,7 +79,7 @@ class RSSM(nn.Module):
         return torch.cat([self.z_input(code.to(dtype)), self.action_input(action.to(dtype))], -1)
 
     def prior_log_probs(self, h: Tensor, dtype: torch.dtype) -> Tensor:
-        """Log p(z | h) (..., G, C) for h (..., F)."""
+        """The prior log p(z | h) (..., G, C) for h (..., F)."""
         return self._log_probs(self.prior(h.to(dtype)))
 
     def _log_probs(self, logits: Tensor) -> Tensor:

@@ -78,3 +78,16 @@ def test_no_host_synchronisation_in_the_steady_state(prepare: Prepare) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert agent.take_metrics()["loss/reconstruction"] > 0
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_an_agent_on_the_gpu_learns_from_a_replay_on_the_host(
+    mode: str, make_agent: Callable[..., Agent], make_replay: Callable[..., Replay]
+) -> None:
+    action = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    replay = make_replay(make_agent(action))  # of an agent on the CPU
+    agent = make_agent(action, [f"compile={mode}"], device="cuda")
+    agent.attach(replay)
+    for _ in range(EAGER_CALLS + 2):
+        agent.update(replay.sample(4))
+    assert agent.take_metrics()["loss/reconstruction"] > 0
