@@ -21,7 +21,7 @@ from agent.networks import Frozen, parameter_count
 from agent.optimizer import LaProp
 from agent.replay import Replay, Spec
 from agent.schema import Config
-from agent.spaces import from_gymnasium
+from agent.spaces import Vector, from_gymnasium
 from agent.world_model import Batch, WorldModel
 from agent.world_model.encoder import Observation
 from agent.world_model.heads import TwoHotHead
@@ -75,6 +75,10 @@ class Agent:
 
         self.frozen_world_model = Frozen(self.world_model, self.dtype)
         self.frozen_actor = Frozen(self.behavior.actor, self.dtype)
+        self.frozen_critic = Frozen(self.behavior.critic, self.dtype)
+        self.through_model = config.behavior.gradient == "dynamics"
+        if self.through_model and not isinstance(self.action, Vector):
+            raise UserError("behavior.gradient: dynamics needs continuous actions; use reinforce")
         self.slow_critic = TwoHotHead(
             self.world_model.rssm.feature_size, config.heads.units, config.heads.critic_layers, config.heads.bins
         ).to(device).requires_grad_(False)  # fmt: skip
@@ -223,6 +227,7 @@ class Agent:
         config, model, rssm = self.config, self.world_model, self.world_model.rssm
         self.frozen_world_model.refresh()
         self.frozen_actor.refresh()
+        self.frozen_critic.refresh()
         batch = self._batch(rows)
         z = torch.nn.functional.one_hot(context["z"].long(), rssm.classes).float()
         uniform = torch.rand(*batch.first.shape, rssm.groups, device=self.device)
@@ -242,7 +247,9 @@ class Agent:
         losses, statistics = model.losses(batch, posterior, feature)
 
         imagined = self._imagine(latent)
-        behavior = imagination_loss(self.behavior, self.slow_critic, self.normalizer, imagined, config.behavior)
+        behavior = imagination_loss(
+            self.behavior, self.frozen_critic.module, self.slow_critic, self.normalizer, imagined, config.behavior
+        )
         losses |= behavior.losses
         bootstrap = behavior.returns[0].view(batch.reward.shape)  # the return that starts at each real state
         losses["replay_value"] = replay_value_loss(
@@ -272,9 +279,12 @@ class Agent:
             later["reward"], later["is_first"], later["is_last"], later["is_terminal"],
         )  # fmt: skip
 
-    @torch.no_grad()
     def _imagine(self, start: Latent) -> Imagined:
         """Act in imagination from every state of a batch, (B, T, ...): H steps from N = B * T states."""
+        with torch.set_grad_enabled(self.through_model):
+            return self._imagined(start)
+
+    def _imagined(self, start: Latent) -> Imagined:
         horizon, model = self.config.behavior.imagination_horizon, self.frozen_world_model.module
         state = {key: value.detach().flatten(0, 1) for key, value in start.state.items()}
         h, z = start.h.detach().flatten(0, 1), start.z.detach().flatten(0, 1)
@@ -295,7 +305,9 @@ class Agent:
     ) -> tuple[Tensor, Tensor, Latent]:
         rssm = self.frozen_world_model.module.rssm
         feature = rssm.feature(h, z, self.dtype)
-        action = self.frozen_actor.module(feature).sample(action_noise)
+        # An action's gradient leads to what it brings about, but not through the actions that follow from that.
+        actor = self.behavior.actor if self.through_model else self.frozen_actor.module
+        action = actor(feature.detach()).sample(action_noise)
         return feature, action, rssm.imagine_step(state, z, action, uniform, self.dtype)
 
     # ---- keeping ----------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class ReturnNormalizer(nn.Module):
 
 
 class Imagined(NamedTuple):
-    """What imagination gives to learn from; nothing here carries gradients."""
+    """What imagination gives to learn from; gradients lead back to the actions where the actor learns through them."""
 
     feature: Tensor  # (H + 1, N, F)
     action: Tensor  # (H, N, A)
@@ -118,23 +118,38 @@ class BehaviorLoss(NamedTuple):
 
 
 def imagination_loss(
-    behavior: Behavior, slow_critic: TwoHotHead, normalizer: ReturnNormalizer, imagined: Imagined,
-    config: schema.Behavior,
+    behavior: Behavior, frozen_critic: TwoHotHead, slow_critic: TwoHotHead, normalizer: ReturnNormalizer,
+    imagined: Imagined, config: schema.Behavior,
 ) -> BehaviorLoss:  # fmt: skip
-    """REINFORCE with entropy for the actor; for the critic two-hot regression to lambda-returns and the slow critic."""
-    logits = behavior.critic(imagined.feature)
-    value = behavior.critic.mean(logits).detach()  # (H + 1, N)
-    weight = imagined.continuation.cumprod(0)[:-1]
+    """Entropy and more return for the actor; for the critic two-hot regression to lambda-returns and the slow critic.
+
+    The actor's gradient, with advantage A = (returns - value) / scale:
+
+        reinforce  A * d log p(a | s)     A is a number; for every kind of action
+        dynamics   dA / da * da           through rewards, values and the model to the sampled action, as DreamerV3's
+                                          first version (Hafner et al., 2023) did for continuous actions
+
+    `frozen_critic` has the critic's weights and learns nothing, so that the actor may use it to see where values lie.
+    """
+    feature = imagined.feature.detach()
+    logits = behavior.critic(feature)
+    through_model = config.gradient == "dynamics"
+    value = (
+        frozen_critic.mean(frozen_critic(imagined.feature)) if through_model else frozen_critic.mean(logits.detach())
+    )
+    weight = imagined.continuation.detach().cumprod(0)[:-1]
     never = torch.zeros_like(imagined.continuation)
     returns = lambda_return(imagined.reward, imagined.continuation, value, never, config.return_lambda)
     scale = normalizer.update(returns)
     advantage = (returns - value[:-1]) / scale
 
-    policy = behavior.actor(imagined.feature[:-1])
+    policy = behavior.actor(feature[:-1])
     entropy = policy.entropy()
-    actor = -weight * (advantage * policy.log_prob(imagined.action) + config.entropy * entropy)
+    gain = advantage if through_model else advantage * policy.log_prob(imagined.action)
+    actor = -weight * (gain + config.entropy * entropy)
+    returns = returns.detach()
     critic = weight * critic_loss(
-        behavior.critic, slow_critic, imagined.feature[:-1], logits[:-1], returns, config.slow_regularizer
+        behavior.critic, slow_critic, feature[:-1], logits[:-1], returns, config.slow_regularizer
     )
     statistics = {
         "imagined_reward": imagined.reward.mean(),

@@ -90,6 +90,7 @@ class Loss:
 class Behavior:
     """Section `behavior`."""
 
+    gradient: Literal["reinforce", "dynamics"]
     imagination_horizon: PositiveInt
     discount_horizon: Annotated[float, Field(gt=1)]
     return_lambda: Share

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agent import behavior
 from agent.agent import Agent, Carry
-from agent.behavior import BehaviorLoss
+from agent.behavior import BehaviorLoss, imagination_loss, lambda_return
 from agent.errors import UserError
 from agent.replay import Replay
 from agent.schema import Config
@@ -254,8 +254,8 @@ def test_the_critic_learns_from_what_happened_at_the_states_that_imagination_sta
     agent.update(WINDOWS)  # so that values differ from zero
     seen: dict[str, Any] = {}
 
-    def imagination_loss(*arguments: Any) -> BehaviorLoss:
-        seen["imagined"] = arguments[3]
+    def recorded(*arguments: Any) -> BehaviorLoss:
+        seen["imagined"] = arguments[4]
         seen["loss"] = behavior.imagination_loss(*arguments)
         return seen["loss"]
 
@@ -263,7 +263,7 @@ def test_the_critic_learns_from_what_happened_at_the_states_that_imagination_sta
         seen["real"] = arguments[2:7]
         return behavior.replay_value_loss(*arguments)
 
-    monkeypatch.setattr("agent.agent.imagination_loss", imagination_loss)
+    monkeypatch.setattr("agent.agent.imagination_loss", recorded)
     monkeypatch.setattr("agent.agent.replay_value_loss", replay_value_loss)
     agent.update(WINDOWS)
     rows, _ = replay.gather(WINDOWS)
@@ -383,3 +383,54 @@ def test_acting_uses_loaded_and_updated_weights(make_agent: Make) -> None:
     assert not torch.equal(act(agent), act(other))
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
     assert torch.equal(act(agent), act(other))
+
+
+def test_gradient_through_the_model_equals_a_plain_loop_and_teaches_the_actor_alone(make_agent: Make) -> None:
+    agent = make_agent(BOX, ["behavior.gradient=dynamics", "behavior.entropy=0.1", "behavior.imagination_horizon=4"])
+    for output in (*agent.behavior.actor.outputs, agent.behavior.critic.output, agent.world_model.reward.output):
+        torch.nn.init.normal_(output.weight, std=0.1)
+    distance = (torch.arange(agent.config.heads.bins) - agent.config.heads.bins // 2).abs()
+    for head in (agent.behavior.critic, agent.world_model.reward):  # far bins reach 4.85e8 and would drown all else
+        head.output.bias.data.copy_(-0.5 * distance)  # in place, since frozen twins share it
+    state, z = agent.world_model.rssm.initial(6)
+    h = state["deter"] + 0.1 * torch.randn_like(state["deter"])
+    start = Latent({"deter": h.unsqueeze(0)}, h.unsqueeze(0), z.unsqueeze(0))
+    settings, actor = agent.config.behavior, agent.behavior.actor
+    learned = dict(agent.world_model.named_parameters()) | dict(agent.behavior.named_parameters())
+
+    torch.manual_seed(1)
+    imagined = agent._imagine(start)
+    loss = imagination_loss(
+        agent.behavior, agent.frozen_critic.module, agent.slow_critic, agent.normalizer, imagined, settings
+    )
+    found = torch.autograd.grad(loss.losses["actor"].mean(), list(learned.values()), materialize_grads=True)
+
+    torch.manual_seed(1)
+    action_noise = agent.action.noise((4, 6), agent.device)
+    uniform = torch.rand(4, 6, agent.config.rssm.stoch)
+    model, rssm = agent.world_model, agent.world_model.rssm
+    features, state = [rssm.feature(h, z, torch.float32)], {"deter": h}
+    for t in range(4):
+        action = actor(features[-1].detach()).sample(action_noise[t])
+        state, h, z = rssm.imagine_step(state, z, action, uniform[t], torch.float32)
+        features.append(rssm.feature(h, z, torch.float32))
+    feature = torch.stack(features)
+    reward, live = model.reward.mean(model.reward(feature)), model.continuation.probability(feature)
+    value = agent.behavior.critic.mean(agent.behavior.critic(feature))
+    returns = lambda_return(reward, live, value, torch.zeros_like(live), settings.return_lambda)
+    scale = (agent.normalizer.high - agent.normalizer.low).clamp(min=1)
+    entropy = actor(feature[:-1].detach()).entropy()
+    plain = -live.detach().cumprod(0)[:-1] * ((returns - value[:-1]) / scale + 0.1 * entropy)
+    expected = torch.autograd.grad(plain.mean(), list(actor.parameters()))
+
+    of_actor = {name for name in learned if name.startswith("actor.")}
+    for name, gradient in zip(learned, found, strict=True):
+        assert (gradient.abs().max() > 0) == (name in of_actor), name
+    ours = [gradient for name, gradient in zip(learned, found, strict=True) if name in of_actor]
+    for gradient, reference in zip(ours, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_discrete_actions_have_no_gradient_through_the_model(make_agent: Make) -> None:
+    with pytest.raises(UserError, match="behavior.gradient: dynamics needs continuous actions"):
+        make_agent(gymnasium.spaces.Discrete(3), ["behavior.gradient=dynamics"])

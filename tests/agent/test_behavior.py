@@ -138,7 +138,9 @@ def test_normalizer_leaves_small_returns_small(debug_config: Callable[..., Confi
 def test_imagination_losses_follow_the_formulas(make: Make, action: Space) -> None:
     behavior, slow, config = make(action, "behavior.return_rate=0.5", "behavior.entropy=0.1")
     imagined = imagination(behavior)
-    found = imagination_loss(behavior, slow, ReturnNormalizer(config.behavior), imagined, config.behavior)
+    found = imagination_loss(
+        behavior, behavior.critic, slow, ReturnNormalizer(config.behavior), imagined, config.behavior
+    )
 
     bins = fp64(behavior.critic.bins)
     logits = fp64(behavior.critic(imagined.feature))
@@ -162,7 +164,9 @@ def test_imagination_losses_follow_the_formulas(make: Make, action: Space) -> No
 @pytest.mark.parametrize("name", ["actor", "critic"])
 def test_actor_and_critic_losses_train_only_their_own_network(make: Make, name: str) -> None:
     behavior, slow, config = make(ACTIONS["continuous"])
-    found = imagination_loss(behavior, slow, ReturnNormalizer(config.behavior), imagination(behavior), config.behavior)
+    found = imagination_loss(
+        behavior, behavior.critic, slow, ReturnNormalizer(config.behavior), imagination(behavior), config.behavior
+    )
     named = dict(behavior.named_parameters())
     gradients = torch.autograd.grad(
         found.losses[name].sum(), list(named.values()), allow_unused=True, materialize_grads=True
@@ -177,7 +181,9 @@ def test_descent_makes_advantageous_actions_likelier(make: Make, action: Space) 
     good = Imagined(*(tensor[:length, :1] for tensor, length in zip(imagination(behavior), (2, 1, 2, 2), strict=True)))
     good = good._replace(reward=torch.full((2, 1), 1e4))  # far from any value: the sign of the advantage is known
     for imagined, sign in ((good, 1), (good._replace(reward=-good.reward), -1)):
-        loss = imagination_loss(behavior, slow, ReturnNormalizer(config.behavior), imagined, config.behavior)
+        loss = imagination_loss(
+            behavior, behavior.critic, slow, ReturnNormalizer(config.behavior), imagined, config.behavior
+        )
         actor = copy.deepcopy(behavior.actor)
         gradients = torch.autograd.grad(loss.losses["actor"].mean(), list(behavior.actor.parameters()))
         size = torch.stack([gradient.norm() for gradient in gradients]).norm()
@@ -194,7 +200,9 @@ def test_descent_raises_entropy_when_nothing_else_is_at_stake(make: Make, action
     behavior, slow, config = make(action, "behavior.entropy=1.0")
     torch.nn.init.zeros_(behavior.critic.output.weight)
     imagined = imagination(behavior)._replace(reward=torch.zeros(H + 1, N))
-    loss = imagination_loss(behavior, slow, ReturnNormalizer(config.behavior), imagined, config.behavior)
+    loss = imagination_loss(
+        behavior, behavior.critic, slow, ReturnNormalizer(config.behavior), imagined, config.behavior
+    )
     before = behavior.actor(imagined.feature).entropy().mean().item()
     gradients = torch.autograd.grad(loss.losses["actor"].mean(), list(behavior.actor.parameters()))
     with torch.no_grad():
