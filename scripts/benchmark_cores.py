@@ -1,0 +1,116 @@
+"""Time the recurrent cores: a step, a sequence, and a sequence with its gradients."""
+
+import json
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from agent.command_line import make_parser, run_main
+from agent.errors import UserError
+
+COLUMNS = ("core", "form", "size", "batch", "length", "pass", "ms", "ms_p10", "ms_p90", "error")
+
+
+def names(text: str) -> list[str]:
+    """Words between commas."""
+    return [word.strip() for word in text.split(",")]
+
+
+def counts(text: str) -> list[int]:
+    """Positive integers between commas."""
+    words = names(text)
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise ArgumentTypeError(f"{text!r} should be positive integers, as in 16 or 16,1024")
+    return [int(word) for word in words]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as aligned columns; what was not timed says why."""
+    lines = [list(COLUMNS)]
+    for row in rows:
+        shown = {key: f"{value:.3f}" if key.startswith("ms") else str(value) for key, value in row.items()}
+        shown["error"] = row.get("refused") or f"{row['error']:.1e}"
+        lines.append([shown.get(column) or "-" for column in COLUMNS])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    to_the_right = [column in ("batch", "length", "ms", "ms_p10", "ms_p90") for column in COLUMNS]
+    aligned = [
+        [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(*each, strict=True)]
+        for each in ((line, widths, to_the_right) for line in lines)
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
+
+
+def main() -> None:
+    """Read the flags, check and time, print a table."""
+    parser = make_parser(
+        "Time the recurrent cores. Each is first checked against its own steps in fp32, values and gradients, and not "
+        "timed if it is wrong. Prints a table: milliseconds (median, 10th and 90th percentile) and the largest error.",
+        [
+            "python scripts/benchmark_cores.py --size 12m",
+            "python scripts/benchmark_cores.py --cores gru,attention --batch 16,1024 --length 64 --out cores.json",
+            "python scripts/benchmark_cores.py --cores attention --set core.window=128 precision=fp32",
+        ],
+        flags=("device", "set"),
+    )
+    parser.add_argument("--cores", metavar="NAME,...", type=names, help="files in configs/core/; all if not given")
+    parser.add_argument("--size", metavar="NAME,...", type=names, default=[None], help="sizes, as for training")
+    parser.add_argument("--batch", metavar="N,...", type=counts, default=[16], help="numbers of streams (16)")
+    parser.add_argument("--length", metavar="N,...", type=counts, default=[64], help="lengths of sequences (64)")
+    parser.add_argument(
+        "--passes", metavar="NAME,...", type=names, default=["step", "forward", "training"],
+        help="of step, forward and training, which is forward and backward; all if not given",
+    )  # fmt: skip
+    parser.add_argument("--repeats", metavar="N", type=int, default=50, help="calls to time (50)")
+    parser.add_argument("--graph", action="store_true", help="time calls of a CUDA graph instead of eager ones")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="also write the numbers as JSON")
+    arguments = parser.parse_args()
+
+    import torch
+
+    from agent.core_timing import PASSES, list_cases, measure, passes_at
+    from agent.training import choose_training_device
+
+    cases = list_cases(arguments.cores, arguments.size, arguments.device, arguments.set)
+    device = choose_training_device(cases[0].config)
+    if unknown := set(arguments.passes) - set(PASSES):
+        raise UserError(f"--passes {min(unknown)}: choose from {', '.join(PASSES)}")
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats {arguments.repeats}: time at least one call")
+    if arguments.graph and device.type != "cuda":
+        raise UserError("--graph needs a CUDA device; leave it out on the CPU")
+    if arguments.out and (arguments.out.is_dir() or not arguments.out.parent.is_dir()):
+        raise UserError(f"--out {arguments.out}: give a file in a folder that exists")
+
+    rows: list[dict[str, Any]] = []
+    each = sum(len(passes_at(length, arguments.length, arguments.passes)) for length in arguments.length)
+    with tqdm(total=len(cases) * len(arguments.batch) * each, unit="row", file=sys.stderr) as bar:
+        for case in cases:
+            bar.set_description(" ".join(filter(None, (case.name, case.form, case.config.size))))
+            for row in measure(
+                case, arguments.batch, arguments.length, arguments.passes,
+                device=device, repeats=arguments.repeats, graph=arguments.graph,
+            ):  # fmt: skip
+                rows.append(row)
+                bar.update()
+    on_gpu = device.type == "cuda"
+    result = {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu x{torch.get_num_threads()}",
+        "torch": torch.__version__, "graph": arguments.graph, "repeats": arguments.repeats, "rows": rows,
+    }  # fmt: skip
+    print(f"{result['device']}, torch {torch.__version__}, {rows[0]['precision']}")
+    print(table(rows))
+    if arguments.out:
+        try:
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror})") from None
+    if any("refused" in row for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,149 @@
+import json
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from agent import core_timing
+from agent.core_timing import list_cases, measure
+from agent.cores import State, core, registered_cores
+from agent.cores.gru import BlockGRU
+
+SCRIPT = Path(__file__).parents[2] / "scripts/benchmark_cores.py"
+CPU = torch.device("cpu")
+
+RunScript = Callable[..., int]
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch) -> RunScript:
+    """Function of words: the exit status of the command, in this process."""
+    monkeypatch.setattr(core_timing, "WARM_UP_SECONDS", 0.0)
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return int(caught.value.code or 0)
+
+    return run
+
+
+def test_every_core_is_checked_and_timed(
+    run_script: RunScript, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cores.json"
+    words = ["--size", "debug", "--device", "cpu", "--batch", "2,3", "--length", "4,6", "--repeats", "3"]
+    assert run_script(*words, "--out", str(out)) == 0
+    result = json.loads(out.read_text())
+    points = {(row["core"], row["batch"], row["length"], row["pass"]) for row in result["rows"]}
+    assert points == {
+        (name, batch, length, what)
+        for name in registered_cores()
+        for batch in (2, 3)
+        for what, lengths in (("step", [1]), ("forward", [4, 6]), ("training", [4, 6]))
+        for length in lengths
+    }
+    for row in result["rows"]:
+        assert 0 < row["ms_p10"] <= row["ms"] <= row["ms_p90"]
+        assert row["error"] < 1e-4
+    heading, columns, *lines = capsys.readouterr().out.splitlines()
+    assert heading.startswith("cpu x")
+    assert len(lines) == len(result["rows"])
+    end = columns.index(" ms") + 3
+    for line, row in zip(lines, result["rows"], strict=True):
+        assert line[:end].endswith(f" {row['ms']:.3f}")
+
+
+class WrongValue(BlockGRU):
+    """Its sequence is off by a little at the last step."""
+
+    def sequence(
+        self, x: Tensor, state: State, first: Tensor, keep: Sequence[int] | None = None
+    ) -> tuple[Tensor, State]:
+        h, state = super().sequence(x, state, first, keep)
+        return torch.cat([h[:, :-1], h[:, -1:] * 1.05], 1), state
+
+
+class WrongGradient(BlockGRU):
+    """Its sequence has the right values, but no gradient reaches the memory."""
+
+    def sequence(self, x: Tensor, state: State, first: Tensor, keep: Any = None) -> tuple[Tensor, State]:
+        return super().sequence(x, {key: value.detach() for key, value in state.items()}, first, keep)
+
+
+class NotANumber(BlockGRU):
+    def sequence(self, x: Tensor, state: State, first: Tensor, keep: Any = None) -> tuple[Tensor, State]:
+        h, state = super().sequence(x, state, first, keep)
+        return h * float("nan"), state
+
+
+@pytest.mark.parametrize("wrong", [WrongValue, WrongGradient, NotANumber])
+def test_a_wrong_core_is_not_timed(
+    wrong: type[BlockGRU],
+    run_script: RunScript,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(core.CORES, "gru", wrong)
+    assert run_script("--cores", "gru", "--size", "debug", "--device", "cpu", "--length", "4", "--repeats", "2") == 1
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all("wrong: off by" in line for line in lines)
+    (case,) = list_cases(["gru"], ["debug"], "cpu", [])
+    rows = list(measure(case, [2], [4], ["step", "training"], device=CPU, repeats=2, graph=False))
+    assert all("ms" not in row for row in rows)
+
+
+def test_forms_are_cases_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(core_timing.FORMS, "gru", {"narrow": ("core.hidden=8",), "wide": ("core.hidden=24",)})
+    cases = list_cases(["gru", "attention"], ["debug", "1m"], "cpu", [])
+    assert [(case.name, case.form, case.config.size) for case in cases] == [
+        (name, form, size)
+        for size in ("debug", "1m")
+        for name, form in (("gru", "narrow"), ("gru", "wide"), ("attention", ""))
+    ]
+    assert [case.config.core.hidden for case in cases[:2]] == [8, 24]
+
+
+def test_products_in_bf16_have_their_own_tolerance() -> None:
+    for case in list_cases(None, ["debug"], "cpu", ["precision=bf16"]):
+        for row in measure(case, [2], [16], ["forward"], device=CPU, repeats=1, graph=False):
+            assert row["precision"] == "bfloat16"
+            assert 1e-4 < row["error"] < 0.05
+            assert "ms" in row
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--cores", "gru,abacus"], "abacus"),
+        (["--size", "13m"], "13m"),
+        (["--batch", "0"], "--batch"),
+        (["--length", "8,x"], "--length"),
+        (["--passes", "step,backwards"], "backwards"),
+        (["--repeats", "0"], "--repeats"),
+        (["--graph"], "--graph"),
+        (["--out", "nowhere/cores.json"], "nowhere"),
+        (["--set", "core.detr=3", "--cores", "gru"], "core.deter"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], named: str, run_script: RunScript, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_script("--device", "cpu", *words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert named in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_graph_is_timed(run_script: RunScript, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_script("--size", "debug", "--device", "cuda", "--graph", "--repeats", "3") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 3 * len(registered_cores())
