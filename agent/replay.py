@@ -155,9 +155,9 @@ class Replay:
     def add(self, row: Mapping[str, Tensor]) -> None:
         """Appends one row of every stream: rows and latents together, each (N, ...), on any device.
 
-        Latents of rows that are no heads are not copied. Values are cast to the stored dtype. Copies to a GPU are not waited for: a pinned source must
-        stay as it is until the device has read it. Raises ValueError if keys or shapes are not the
-        declared ones.
+        Latents of rows that are no heads are not copied. Values are cast to the stored dtype. Copies to a
+        GPU are not waited for: a pinned source must stay as it is until the device has read it. Raises
+        ValueError if keys or shapes are not the declared ones.
         """
         tensors = self._tensors()
         if row.keys() != tensors.keys():
@@ -303,7 +303,8 @@ class Replay:
         stride = state.get("stride", 1)  # runs saved before there were strides kept all latents
         if stride != self.stride:
             raise UserError(
-                f"saved replay: latents of one row in {stride}, this agent stores those of one in {self.stride}; {advice}"
+                f"saved replay: latents of one row in {stride}, this agent stores those of one in {self.stride};"
+                f" {advice}"
             )
         tensors, saved = self._tensors(), state["tensors"]
         for key in [*tensors, *saved]:
