@@ -1,6 +1,6 @@
 """The agent: acts on observations, learns from replay. One update is one function of static shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +73,6 @@ class Agent:
         self.parameters = [*self.world_model.parameters(), *self.behavior.parameters()]
         self.optimizer = LaProp(self.parameters, config.optimizer)
 
-        self.frozen_world_model = Frozen(self.world_model, self.dtype)
         self.frozen_actor = Frozen(self.behavior.actor, self.dtype)
         self.frozen_critic = Frozen(self.behavior.critic, self.dtype)
         self.through_model = config.behavior.gradient == "dynamics"
@@ -84,18 +83,26 @@ class Agent:
         ).to(device).requires_grad_(False)  # fmt: skip
         self.slow_critic.load_state_dict(self.behavior.critic.state_dict())
 
+        self._captures = on_gpu and self.mode != "eager"
+        self._replay: Replay | None = None
+        self.updates = 0
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Twin of the world model, compiled regions, captured graphs: what is made anew when its code path changes."""
+        self.frozen_world_model = Frozen(self.world_model, self.dtype)
         compiled = _compiled if self.mode == "full" else _as_it_is
         self._chain = compiled(self.frozen_world_model.module.rssm.scan_step)
         self._batched = compiled(self.world_model.rssm.scan_step)
         self._imagine_step = compiled(self._imagined_step)
         self._optimize = compiled(self.optimizer.step)
-        self._captures = on_gpu and self.mode != "eager"
         self._act = self._on_device(self._act_eagerly)
         self._update: Callable[[Tensors], Tensors] | None = None
-        self.updates = 0
         self._metric_names: list[str] = []
-        self._metric_sums = torch.zeros(0, device=device)
+        self._metric_sums = torch.zeros(0, device=self.device)
         self._metric_count = 0
+        if self._replay is not None:
+            self.attach(self._replay)
 
     def _on_device(self, function: Callable[[Tensors], Tensors]) -> Callable[[Tensors], Tensors]:
         """The function for inputs from anywhere: captured, or as it is on inputs brought to the agent's device."""
@@ -138,7 +145,7 @@ class Agent:
         latent, _ = model.rssm.observe_step(
             _part(inputs, "state"), inputs["z"], inputs["action"], inputs["first"], token, uniform
         )
-        policy = self.frozen_actor.module(model.rssm.feature(latent.h, latent.z, self.dtype))
+        policy = self.frozen_actor.module(model.rssm.feature(latent, self.dtype))
         sample = policy.sample(self.action.noise((amount,), self.device))
         action = torch.where(inputs["mode"], policy.mode(), sample)
         return {
@@ -148,6 +155,11 @@ class Agent:
         }
 
     # ---- learning ---------------------------------------------------------------------------------------------
+
+    @property
+    def replay_stride(self) -> int:
+        """The distance of the rows whose latents replay keeps: small ones at all, large ones at heads of sequences."""
+        return self.config.train.batch_length if self.world_model.rssm.core.state_is_large else 1
 
     def row_specs(self) -> tuple[dict[str, Spec], dict[str, Spec]]:
         """What replay stores of each step: the transition with the action, and the agent's latents."""
@@ -166,6 +178,8 @@ class Agent:
 
     def attach(self, replay: Replay) -> None:
         """Learn from this replay from now on. Sampled rows never leave the GPU if replay lies there too."""
+        assert replay.stride == self.replay_stride, "replay keeps other latents than this agent writes back"
+        self._replay = replay
         if replay.device == self.device:
 
             def update(inputs: Tensors) -> Tensors:
@@ -212,6 +226,11 @@ class Agent:
         self._metric_count = 0
         return dict(zip(self._metric_names, means, strict=True))
 
+    def schedule(self, metrics: Mapping[str, float]) -> None:
+        """Let the core change with training, given the metrics just taken; what was captured is dropped if need be."""
+        if self.world_model.rssm.core.schedule(self.updates, metrics):
+            self._prepare()
+
     def _learn(
         self, rows: dict[str, Tensor], context: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -222,7 +241,7 @@ class Agent:
             context: latents of the context row (B, ...).
 
         Returns:
-            Fresh latents (B, T, ...) and metrics (numbers).
+            Fresh latents of the steps that replay keeps, (B, K, ...), and metrics (numbers).
         """
         config, model, rssm = self.config, self.world_model, self.world_model.rssm
         self.frozen_world_model.refresh()
@@ -243,7 +262,7 @@ class Agent:
             self._batched,
         )
         latent = posterior.latent
-        feature = rssm.feature(latent.h, latent.z, self.dtype)  # (B, T, F)
+        feature = rssm.feature(latent, self.dtype)  # (B, T, F)
         losses, statistics = model.losses(batch, posterior, feature)
 
         imagined = self._imagine(latent)
@@ -260,6 +279,7 @@ class Agent:
         means = {name: loss.mean() for name, loss in losses.items()}
         total = torch.stack([getattr(config.loss, name) * mean for name, mean in means.items()]).sum()
         gradients = torch.autograd.grad(total, self.parameters)
+        statistics |= self._core_statistics(latent.state, gradients)
         statistics |= self._optimize(list(gradients)) | behavior.statistics
         with torch.no_grad():
             torch._foreach_lerp_(
@@ -268,7 +288,18 @@ class Agent:
                 config.behavior.slow_rate,
             )
         metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()} | statistics
-        return self.latents(latent.state, latent.z), metrics
+        kept = slice(self.replay_stride - 1, None, self.replay_stride)
+        return self.latents({key: value[:, kept] for key, value in latent.state.items()}, latent.z[:, kept]), metrics
+
+    @torch.no_grad()
+    def _core_statistics(self, states: State, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Of the core: its diagnostics after the last step of (B, T, ...), the norm of its parameters' gradients."""
+        core = self.world_model.rssm.core
+        numbers = core.diagnostics({key: value[:, -1].detach() for key, value in states.items()})
+        own = {id(parameter) for parameter in core.parameters()}
+        of_core = [g for parameter, g in zip(self.parameters, gradients, strict=True) if id(parameter) in own]
+        numbers["gradient_norm"] = torch.stack(torch._foreach_norm(of_core)).norm()
+        return {f"core/{name}": number for name, number in numbers.items()}
 
     def _batch(self, rows: dict[str, Tensor]) -> Batch:
         """Rows (B, 1 + T, ...) -> the T steps to learn from. The action of the row before led to each step."""
@@ -295,7 +326,7 @@ class Agent:
             feature, action, (state, h, z) = self._imagine_step(state, h, z, action_noise[t], uniform[t])
             features.append(feature)
             actions.append(action)
-        features.append(model.rssm.feature(h, z, self.dtype))
+        features.append(model.rssm.feature(Latent(state, h, z), self.dtype))
         stacked = torch.stack(features)
         reward = model.reward.mean(model.reward(stacked))
         return Imagined(stacked, torch.stack(actions), reward, model.continuation.probability(stacked))
@@ -304,7 +335,7 @@ class Agent:
         self, state: State, h: Tensor, z: Tensor, action_noise: Tensor, uniform: Tensor
     ) -> tuple[Tensor, Tensor, Latent]:
         rssm = self.frozen_world_model.module.rssm
-        feature = rssm.feature(h, z, self.dtype)
+        feature = rssm.feature(Latent(state, h, z), self.dtype)
         # An action's gradient leads to what it brings about, but not through the actions that follow from that.
         actor = self.behavior.actor if self.through_model else self.frozen_actor.module
         action = actor(feature.detach()).sample(action_noise)
@@ -332,7 +363,7 @@ class Agent:
             module.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
-        self.frozen_world_model.refresh()
+        self._prepare()  # what a core derives from its buffers may have changed
         self.frozen_actor.refresh()
 
     def _modules(self) -> dict[str, torch.nn.Module]:

@@ -104,7 +104,7 @@ class Frozen(Generic[M]):
 
     Imagination, acting and the chain of gradients through time read weights and do not learn them. In fp32 the twin
     shares the module's storage; in bf16 `refresh` casts every matrix once, instead of once at each of the 64 + 15
-    steps of an update. Vectors (biases, norm scales) are always shared.
+    steps of an update. Vectors (biases, norm scales) and buffers are always shared.
     """
 
     def __init__(self, module: M, dtype: torch.dtype):
@@ -118,6 +118,8 @@ class Frozen(Generic[M]):
                 self._originals.append(original.detach())
             else:
                 twin.data = original.data
+        for own, shared in zip(self.module.buffers(), module.buffers(), strict=True):
+            own.data = shared.data
 
     def refresh(self) -> None:
         """Take over the module's present weights, in place."""

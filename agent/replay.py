@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +13,15 @@ from agent.errors import UserError
 Spec = tuple[tuple[int, ...], torch.dtype]
 
 
-def storage_bytes(specs: Mapping[str, Spec], streams: int, capacity: int) -> int:
-    """Bytes that a Replay of these keys (rows and latents together) takes, known before it is allocated."""
-    per_row = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in specs.values())
-    return per_row * streams * (capacity // streams)
+def storage_bytes(
+    rows: Mapping[str, Spec], latents: Mapping[str, Spec], *, streams: int, capacity: int, stride: int = 1
+) -> int:
+    """Bytes that a Replay of these arguments takes, known before it is allocated."""
+    row, latent = (
+        sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in specs.values()) for specs in (rows, latents)
+    )
+    heads = capacity // streams // stride
+    return streams * heads * (stride * row + latent)
 
 
 def choose_device(setting: Literal["auto", "cpu", "cuda"], nbytes: int, model_device: torch.device) -> torch.device:
@@ -35,6 +40,20 @@ def choose_device(setting: Literal["auto", "cpu", "cuda"], nbytes: int, model_de
     return torch.device("cpu")
 
 
+class _Span(NamedTuple):
+    """Successive numbers, first to end - 1, of rows or heads: in a ring of any size each has its slot."""
+
+    first: int
+    end: int
+
+    @property
+    def amount(self) -> int:
+        return self.end - self.first
+
+    def slots(self, ring: int) -> Tensor:
+        return torch.arange(self.first, self.end) % max(ring, 1)
+
+
 class Replay:
     """The last `capacity` agent steps of `streams` environments.
 
@@ -44,8 +63,13 @@ class Replay:
 
     A window is `window` successive rows of one stream: one context row, whose latents start the sequence
     and whose action is the first previous action, and `window - 1` training rows. Windows cross episode
-    borders; `is_first` inside them says where. With `online_queue` every window that starts at a
-    multiple of `window` is served once, soon after it was collected; uniform samples fill the batch.
+    borders; `is_first` inside them says where. With `online_queue` successive windows of each stream are
+    served once, soon after they were collected; uniform samples fill the batch.
+
+    Latents are kept at heads only, the rows at multiples of `stride`, and windows start at heads. With
+    stride 1 every row is a head. With stride `window - 1` a stream is cut into chunks: the last row of
+    each window is the head of the next one, whose latents an update refreshes. That is for latents
+    that are much larger than a row; the price is that there are stride times fewer windows to draw.
 
     gather() and write_back() have static shapes and never wait for the device, and load_state_dict()
     fills the tensors in place, so a CUDA graph that reads them stays valid. An index from sample() holds
@@ -65,28 +89,34 @@ class Replay:
         device: torch.device,
         seed: int,
         online_queue: bool,
+        stride: int = 1,
     ) -> None:
         """Allocates everything at once, so that memory runs out now or never.
 
         rows, latents: key -> (shape of one row, dtype); the keys differ, rows hold bool `is_first` and
         `is_last`.
-        capacity: agent steps over all streams. Raises UserError if it is too small for one window or too
-        large for the device.
+        capacity: agent steps over all streams; of each stream a multiple of `stride` is kept. Raises
+        UserError if it is too small for one window or too large for the device.
+        stride: distance of the rows whose latents are kept; it divides `window - 1`.
         """
         if rows.keys() & latents.keys():
             raise ValueError(f"keys in both rows and latents: {sorted(rows.keys() & latents.keys())}")
-        self.streams, self.window, self.device = streams, window, device
-        self.length = capacity // streams
+        if (window - 1) % stride:
+            raise ValueError(f"stride {stride} does not divide the {window - 1} training rows of a window")
+        self.streams, self.window, self.stride, self.device = streams, window, stride, device
+        self.heads = capacity // streams // stride  # of each stream
+        self.length = self.heads * stride
         if self.length < window:
+            least = streams * stride * -(-window // stride)
             raise UserError(
                 f"replay.capacity: {capacity} steps over {streams} environments keep {self.length} rows of"
-                f" each, but a sequence needs {window}; set it to at least {streams * window}"
+                f" each, but a sequence needs {window}; set it to at least {least}"
             )
         try:
-            self._rows = {key: self._allocate(spec) for key, spec in rows.items()}
-            self._latents = {key: self._allocate(spec) for key, spec in latents.items()}
+            self._rows = {key: self._allocate(self.length, spec) for key, spec in rows.items()}
+            self._latents = {key: self._allocate(self.heads, spec) for key, spec in latents.items()}
         except RuntimeError as error:  # how both allocators, CPU and CUDA, report a lack of memory
-            needed = storage_bytes({**rows, **latents}, streams, capacity) / 1e9
+            needed = storage_bytes(rows, latents, streams=streams, capacity=capacity, stride=stride) / 1e9
             raise UserError(
                 f"replay.capacity: {capacity} steps need {needed:.2f} GB, more than {device} has free;"
                 " lower it or set replay.device"
@@ -96,11 +126,13 @@ class Replay:
         self._next = 0  # position of the row that comes next
         self._online_queue = online_queue
         self._queue: deque[tuple[int, int]] = deque()  # (stream, start), oldest start first
+        # Windows side by side where they may start anywhere; else they share a row, the head between them.
+        self._queue_spacing = window if stride == 1 else window - 1
         self._random = np.random.Generator(np.random.PCG64(seed))
 
-    def _allocate(self, spec: Spec) -> Tensor:
+    def _allocate(self, slots: int, spec: Spec) -> Tensor:
         shape, dtype = spec
-        return torch.zeros((self.streams, self.length, *shape), dtype=dtype, device=self.device)
+        return torch.zeros((self.streams, slots, *shape), dtype=dtype, device=self.device)
 
     def __len__(self) -> int:
         """Rows held, over all streams."""
@@ -111,6 +143,11 @@ class Replay:
         """Bytes of the stored tensors."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
+    @property
+    def latent_nbytes(self) -> int:
+        """Bytes of the stored latents."""
+        return sum(tensor.nbytes for tensor in self._latents.values())
+
     def _tensors(self) -> dict[str, Tensor]:
         return {**self._rows, **self._latents}
 
@@ -118,9 +155,9 @@ class Replay:
     def add(self, row: Mapping[str, Tensor]) -> None:
         """Appends one row of every stream: rows and latents together, each (N, ...), on any device.
 
-        Values are cast to the stored dtype. Copies to a GPU are not waited for: a pinned source must
-        stay as it is until the device has read it. Raises ValueError if keys or shapes are not the
-        declared ones.
+        Latents of rows that are no heads are not copied. Values are cast to the stored dtype. Copies to a
+        GPU are not waited for: a pinned source must stay as it is until the device has read it. Raises
+        ValueError if keys or shapes are not the declared ones.
         """
         tensors = self._tensors()
         if row.keys() != tensors.keys():
@@ -128,13 +165,16 @@ class Replay:
         for key, stored in tensors.items():
             if row[key].shape != stored[:, 0].shape:  # copy_ would broadcast
                 raise ValueError(f"{key}: shape {tuple(row[key].shape)}, not {tuple(stored[:, 0].shape)}")
-        slot = self._next % self.length
-        for key, stored in tensors.items():
-            stored[:, slot].copy_(row[key], non_blocking=self.device.type == "cuda")
+        slot, on_gpu = self._next % self.length, self.device.type == "cuda"
+        for key, stored in self._rows.items():
+            stored[:, slot].copy_(row[key], non_blocking=on_gpu)
+        if self._next % self.stride == 0:
+            for key, stored in self._latents.items():
+                stored[:, slot // self.stride].copy_(row[key], non_blocking=on_gpu)
         self._next += 1
         self._oldest = max(self._oldest, self._next - self.length)
-        if self._online_queue and self._next % self.window == 0:
-            start = self._next - self.window
+        start = self._next - self.window
+        if self._online_queue and start >= 0 and start % self._queue_spacing == 0:
             self._queue.extend((stream, start) for stream in range(self.streams))
         while self._queue and self._queue[0][1] < self._oldest:
             self._queue.popleft()
@@ -149,7 +189,12 @@ class Replay:
                 f"replay.prefill: {prefill} rows, but replay keeps {self.streams * self.length};"
                 " lower it or raise replay.capacity"
             )
-        return len(self) >= prefill and self._next - self._oldest >= self.window
+        first, last = self._window_range()
+        return len(self) >= prefill and first <= last
+
+    def _window_range(self) -> tuple[int, int]:
+        """First and last start of a whole window, in strides."""
+        return -(-self._oldest // self.stride), (self._next - self.window) // self.stride
 
     def sample(self, batch: int) -> Tensor:
         """Chooses `batch` windows: int64 (2, B) on the host, row 0 the stream, row 1 the start.
@@ -160,7 +205,8 @@ class Replay:
         online = np.array(queued, dtype=np.int64).reshape(-1, 2).T
         amount = batch - len(queued)
         streams = self._random.integers(self.streams, size=amount)
-        starts = self._random.integers(self._oldest, self._next - self.window + 1, size=amount)
+        first, last = self._window_range()
+        starts = self.stride * self._random.integers(first, last + 1, size=amount)
         return torch.from_numpy(np.concatenate([online, np.stack([streams, starts])], axis=1))
 
     def gather(self, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -174,48 +220,59 @@ class Replay:
         rows = {key: stored[streams[:, None], slots] for key, stored in self._rows.items()}
         cut = rows["is_last"][:, :-1] | rows["is_first"][:, 1:]
         rows["is_last"] = torch.cat([cut, rows["is_last"][:, -1:]], dim=1)
-        return rows, {key: stored[streams, slots[:, 0]] for key, stored in self._latents.items()}
+        heads = starts // self.stride % self.heads  # (B,)
+        return rows, {key: stored[streams, heads] for key, stored in self._latents.items()}
 
     @torch.no_grad()
     def write_back(self, index: Tensor, latents: Mapping[str, Tensor]) -> None:
-        """Overwrites the latents of the training rows of gathered windows: each (B, window - 1, ...).
+        """Overwrites the latents of the heads among the training rows of gathered windows.
+
+        latents: each (B, K, ...), at the training rows stride - 1, 2 * stride - 1, ..., window - 2.
 
         Where windows overlap, any one of the values for a row may win, and for each key another one: all
         of them are fresh posteriors of the same row. Raises KeyError unless every latent is given.
         """
         streams, starts = index[0], index[1]
-        slots = (starts[:, None] + self._offsets[1:]) % self.length  # (B, window - 1)
-        place = (streams[:, None].expand_as(slots), slots)
+        positions = starts[:, None] + self._offsets[self.stride :: self.stride]
+        heads = positions // self.stride % self.heads  # (B, K)
+        place = (streams[:, None].expand_as(heads), heads)
         for key, stored in self._latents.items():
             stored.index_put_(place, latents[key].to(stored))
 
     def state_dict(self) -> dict[str, Any]:
         """All that is held, as CPU tensors and plain types; write it out before replay changes again.
 
-        Tensors are (streams, held, ...), row `position` at `position % held`: a full ring is laid out
-        like that already, so on the CPU its tensors are shared instead of doubling the memory of a long
-        run.
+        Tensors are (streams, held, ...), row `position` at `position % held`, and so are heads by their
+        own number: a full ring is laid out like that already, so on the CPU its tensors are shared
+        instead of doubling the memory of a long run.
         """
-        held = self._next - self._oldest
+        rows, heads = _Span(self._oldest, self._next), self._heads_of(self._oldest)
         return {
-            "tensors": {key: self._held_rows(stored, held) for key, stored in self._tensors().items()},
+            "tensors": {
+                **{key: self._held(stored, rows) for key, stored in self._rows.items()},
+                **{key: self._held(stored, heads) for key, stored in self._latents.items()},
+            },
             "streams": self.streams,
+            "stride": self.stride,
             "oldest": self._oldest,
             "next": self._next,
             "queue": list(self._queue),
             "random": self._random.bit_generator.state,
         }
 
-    def _held_rows(self, stored: Tensor, held: int) -> Tensor:
-        """(streams, length, ...) -> (streams, held, ...) on the CPU, stream by stream to save memory."""
-        if held == self.length:
+    def _heads_of(self, oldest: int) -> _Span:
+        """The numbers of the heads among the rows from `oldest` to the newest."""
+        return _Span(-(-oldest // self.stride), -(-self._next // self.stride))
+
+    def _held(self, stored: Tensor, span: _Span) -> Tensor:
+        """The ring (streams, slots, ...) -> (streams, held, ...) on the CPU, stream by stream to save memory."""
+        if span.amount == stored.shape[1]:
             return stored.cpu()
-        positions = torch.arange(self._oldest, self._next)
-        source, target = (positions % self.length).to(self.device), positions % max(held, 1)
-        rows = torch.empty((self.streams, held, *stored.shape[2:]), dtype=stored.dtype)
+        source, target = span.slots(stored.shape[1]).to(self.device), span.slots(span.amount)
+        held = torch.empty((self.streams, span.amount, *stored.shape[2:]), dtype=stored.dtype)
         for stream in range(self.streams):
-            rows[stream, target] = stored[stream, source].cpu()
-        return rows
+            held[stream, target] = stored[stream, source].cpu()
+        return held
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where state_dict() was taken; a smaller capacity keeps the newest rows.
@@ -224,14 +281,14 @@ class Replay:
         changed.
         """
         self._check(state)
-        held = state["next"] - state["oldest"]
         self._next = state["next"]
         self._oldest = max(state["oldest"], self._next - self.length)
-        positions = torch.arange(self._oldest, self._next)
-        source, target = positions % max(held, 1), (positions % self.length).to(self.device)
+        rows, heads = _Span(self._oldest, self._next), self._heads_of(self._oldest)
         for key, stored in self._tensors().items():
+            span, saved = rows if key in self._rows else heads, state["tensors"][key]
+            source, target = span.slots(saved.shape[1]), span.slots(stored.shape[1]).to(self.device)
             for stream in range(self.streams):
-                stored[stream, target] = state["tensors"][key][stream, source].to(self.device)
+                stored[stream, target] = saved[stream, source].to(self.device)
         last = self._next - self.window  # a longer window than the saved one may not be whole yet
         waiting = state["queue"] if self._online_queue else []
         self._queue = deque((stream, start) for stream, start in waiting if self._oldest <= start <= last)
@@ -242,6 +299,12 @@ class Replay:
         if state["streams"] != self.streams:
             raise UserError(
                 f"saved replay: {state['streams']} environments, but env.amount is {self.streams}; {advice}"
+            )
+        stride = state.get("stride", 1)  # runs saved before there were strides kept all latents
+        if stride != self.stride:
+            raise UserError(
+                f"saved replay: latents of one row in {stride}, this agent stores those of one in {self.stride};"
+                f" {advice}"
             )
         tensors, saved = self._tensors(), state["tensors"]
         for key in [*tensors, *saved]:

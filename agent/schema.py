@@ -49,6 +49,7 @@ class Rssm:
     """Section `rssm`."""
 
     posterior: Literal["recurrent", "observation"]
+    read_after_observation: bool
     stoch: PositiveInt
     classes: Annotated[int, Field(ge=2)]
     hidden: PositiveInt

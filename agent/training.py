@@ -20,6 +20,7 @@ from agent import config as configuration
 from agent.agent import Agent
 from agent.errors import UserError
 from agent.logging import LiveLine, MetricsLogger, memory
+from agent.networks import parameter_count
 from agent.ratio import Ratio
 from agent.replay import Replay, choose_device, storage_bytes
 from agent.schema import Config
@@ -144,12 +145,14 @@ class Run:
     def _make_replay(self) -> Replay:
         config, (rows, latents) = self.config, self.agent.row_specs()
         amount, window = config.env.amount, config.train.batch_length + 1
-        # No more than this run can fill.
+        stride = self.agent.replay_stride
+        # No more than this run can fill, in whole strides.
         wanted = -(-config.steps // (config.env.action_repeat * amount)) * amount
-        capacity = min(config.replay.capacity, max(wanted, 2 * window * amount, config.replay.prefill + amount))
-        nbytes = storage_bytes({**rows, **latents}, amount, capacity)
+        needed = max(wanted, 2 * window * amount, config.replay.prefill + amount)
+        capacity = min(config.replay.capacity, -(-needed // (amount * stride)) * amount * stride)
+        nbytes = storage_bytes(rows, latents, streams=amount, capacity=capacity, stride=stride)
         return Replay(
-            rows, latents, streams=amount, capacity=capacity, window=window, seed=config.seed,
+            rows, latents, streams=amount, capacity=capacity, window=window, seed=config.seed, stride=stride,
             device=choose_device(config.replay.device, nbytes, self.device), online_queue=config.replay.online_queue,
         )  # fmt: skip
 
@@ -186,7 +189,10 @@ class Run:
                     "time/frames_per_second": (self.frames - logged_frames) / (now - logged),
                     "time/memory_gib": memory(self.device.type) / 2**30,
                 }
-                self.logger.write(self.frames, agent.take_metrics() | rates)
+                metrics = agent.take_metrics()
+                self.logger.write(self.frames, metrics | rates)
+                if metrics:
+                    agent.schedule(metrics)
                 logged, logged_frames, logged_updates = now, self.frames, agent.updates
             if now - saved > 60 * config.checkpoint.minutes:
                 self.save()
@@ -248,14 +254,14 @@ class Run:
             else f"cpu, {torch.get_num_threads()} threads"
         )
         precision = "bf16" if agent.dtype == torch.bfloat16 else "fp32"
-        env, train, replay = config.env, config.train, self.replay
-        held, gib = replay.streams * replay.length, replay.nbytes / 2**30
+        env, train = config.env, config.train
         first = config.replay.prefill * env.action_repeat
         lines = [
             f"run         {self.logdir}: {env.name}, core {config.core.name}, size {config.size}, seed {config.seed}",
             f"device      {device}, matrix products in {precision}, update {agent.mode}",
             f"parameters  {sum(counts.values()):,}: {parts}",
-            f"replay      {held:,} steps, {gib:.2f} GiB on {replay.device.type}",
+            f"core        {self._about_core()}",
+            f"replay      {self._about_replay()}",
             f"plan        {config.steps:,} frames from {env.amount} environments, {self.planned_updates():,} updates "
             f"of {train.batch_size} x {train.batch_length} steps, the first after {first:,} frames",
         ]
@@ -266,6 +272,20 @@ class Run:
         for text in lines:
             self.line.note(text)
         self._first_update_told = False
+
+    def _about_core(self) -> str:
+        rssm = self.agent.world_model.rssm
+        count, flops = parameter_count(rssm.core), rssm.core.step_flops(rssm.input_size)
+        return (
+            f"{self.config.core.name}: {count:,} parameters, state {rssm.core.state_bytes / 1e3:,.1f} kB a stream, "
+            f"{flops / 1e6:,.2f} MFLOP of matrix products a step"
+        )
+
+    def _about_replay(self) -> str:
+        replay = self.replay
+        held, everything, states = replay.streams * replay.length, replay.nbytes / 2**30, replay.latent_nbytes / 2**30
+        kept = "of every step" if replay.stride == 1 else f"of the heads of sequences only, one step in {replay.stride}"
+        return f"{held:,} steps, {everything:.2f} GiB on {replay.device.type}, of which {states:.2f} GiB states {kept}"
 
     def _tell_first_update(self) -> None:
         if not self._first_update_told:

@@ -37,7 +37,7 @@ def main() -> None:
     streams, window = config.env.amount, config.train.batch_length + 1
     replay = Replay(
         rows, latents, streams=streams, capacity=4 * window * streams, window=window,
-        device=device, seed=0, online_queue=False,
+        device=device, seed=0, online_queue=False, stride=agent.replay_stride,
     )  # fmt: skip
     carry = agent.initial(streams)
     for _ in range(4 * window):

@@ -1,13 +1,16 @@
 """The contract of a recurrent core, and the registry that turns one word of config into one."""
 
+import copy
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 State = dict[str, Tensor]
 """A core's memory: a flat dict of fp32 tensors (B, ...)."""
@@ -28,6 +31,12 @@ class RecurrentCore(nn.Module, ABC):
 
     feature_size: int
     """Width F of the output h."""
+
+    read_size: int = 0
+    """Width R of what `read` answers; 0 where there is no `read`."""
+
+    query_size: int = 0
+    """Width Q of the query that `read` takes."""
 
     @abstractmethod
     def initial(self, batch: int) -> State:
@@ -61,6 +70,68 @@ class RecurrentCore(nn.Module, ABC):
         Returns:
             The outputs h (B, T, F) and the memory, (B, ...) or with `keep` (B, K, ...).
         """
+
+    def read(self, query: Tensor, state: State) -> Tensor:
+        """Ask the memory once more, without changing it; gradients reach both query and memory.
+
+        Query (N, Q), linear in what a network makes of z_t, and the memory after step t (N, ...) -> answer (N, R). The
+        core has no parameters of its own for this, since they would go unused where nobody asks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has read_size 0")
+
+    def diagnostics(self, state: State) -> dict[str, Tensor]:
+        """Numbers (0-d tensors) for the log on the memory (B, ...) after the last step of a batch.
+
+        Part of every update, so of static shapes and without host synchronisation.
+        """
+        return {}
+
+    def schedule(self, updates: int, metrics: Mapping[str, float]) -> bool:
+        """Change with training: called whenever metrics are taken, with the number of updates so far.
+
+        What changes lies in buffers and is changed in place, so that checkpoints hold it and both captured graphs and
+        the frozen twin of this module see it.
+
+        Returns:
+            Whether `step` or `sequence` now take another path through the code, as a mix that leaves 0 does. Then
+            the agent makes new twins and captures anew. What chooses the path may be a plain attribute; the core sets
+            it again from its buffers when a state dict is loaded.
+        """
+        return False
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the memory of one stream."""
+        return sum(value.nbytes for value in self.initial(1).values())
+
+    @property
+    def state_is_large(self) -> bool:
+        """Whether replay keeps the memory at the heads of training sequences only.
+
+        A vector memory is h itself. A memory more than twice as wide is mostly what is behind h, such as matrices of
+        d x d for d numbers of h, and would make up nearly all of replay. Measured against h, the answer is the same at
+        every size of a core.
+        """
+        return sum(value.numel() for value in self.initial(1).values()) > 2 * self.feature_size
+
+    def step_flops(self, input_size: int) -> int:
+        """Floating-point operations of the matrix products in one `step` of one stream, by torch's counter.
+
+        Counted on the meta device, where nothing is computed and the reference form of every kernel runs. A core whose
+        work the counter does not see overrides this.
+        """
+        tensors = chain(self.parameters(), self.buffers())
+        weightless = copy.deepcopy(self, {id(tensor): _on_meta(tensor) for tensor in tensors})
+        state = {key: value.to("meta") for key, value in weightless.initial(1).items()}
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            weightless.step(torch.empty(1, input_size, device="meta"), state, torch.empty(1, device="meta").bool())
+        return counter.get_total_flops()
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    """The shape of a parameter or buffer without its numbers."""
+    shape = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
 
 
 CORES: dict[str, type[RecurrentCore]] = {}

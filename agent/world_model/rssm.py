@@ -4,6 +4,10 @@
     prior      p(z_t | h_t)
     posterior  q(z_t | h_t, o_t)   `recurrent`: DreamerV3's, one step after the other
                q(z_t | o_t)        `observation`: all z at once, so that a parallel core is parallel in training
+    feature    [h_t, z_t], with `read_after_observation` [h_t, z_t, r_t]
+
+h_t is formed before o_t is seen. A memory that is keyed by what is seen would answer a step late, so it may be asked
+again with what z_t tells: r_t = core.read(query(z_t)) on the memory after step t. The prior reads h_t alone.
 
 Source: Hafner et al., "Mastering diverse control tasks through world models" (Nature, 2025).
 """
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 from agent.cores import RecurrentCore, State
 from agent.cores.scan import Tensors, scan
 from agent.distributions import categorical_sample, straight_through, unimix_log_probs
+from agent.errors import UserError
 from agent.networks import MLP, Layer, Linear
 from agent.schema import Rssm
 
@@ -46,9 +51,21 @@ class RSSM(nn.Module):
         self.code_size = self.groups * self.classes
         self.z_input = Layer(self.code_size, config.hidden)
         self.action_input = Layer(action_size, config.hidden)
-        self.core = core(2 * config.hidden)
+        self.input_size = 2 * config.hidden
+        self.core = core(self.input_size)
         self.memory_keys = tuple(sorted(self.core.initial(1)))
         self.feature_size = self.core.feature_size + self.code_size
+        self.query: nn.Sequential | None = None
+        if config.read_after_observation:
+            if not self.core.read_size:
+                raise UserError(
+                    f"rssm.read_after_observation: {type(self.core).__name__} has no memory that can be read twice; "
+                    "set it to false or choose another core"
+                )
+            self.query = nn.Sequential(
+                Layer(self.code_size, config.hidden), Linear(config.hidden, self.core.query_size)
+            )
+            self.feature_size += self.core.read_size
         self.recurrent = config.posterior == "recurrent"
         seen = token_size + (self.core.feature_size if self.recurrent else 0)
         self.prior = self._logits(self.core.feature_size, config.prior_layers)
@@ -63,9 +80,16 @@ class RSSM(nn.Module):
         device = next(self.parameters()).device
         return self.core.initial(batch), torch.zeros(batch, self.groups, self.classes, device=device)
 
-    def feature(self, h: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-        """What heads, actor and critic read: [h, flat z] (..., F + G * C), in `dtype`."""
-        return torch.cat([h.to(dtype), z.flatten(-2).to(dtype)], -1)
+    def feature(self, latent: Latent, dtype: torch.dtype) -> Tensor:
+        """What heads, actor and critic read: [h, flat z] (..., F + G * C), or [h, flat z, r] (... + R), in `dtype`."""
+        code = latent.z.flatten(-2).to(dtype)
+        parts = [latent.h.to(dtype), code]
+        if self.query is not None:
+            outer = code.shape[:-1]  # the core reads rows
+            memory = {key: value.flatten(0, len(outer) - 1) for key, value in latent.state.items()}
+            answer = self.core.read(self.query(code).flatten(0, -2), memory)
+            parts.append(answer.unflatten(0, outer).to(dtype))
+        return torch.cat(parts, -1)
 
     def core_input(self, z: Tensor, action: Tensor, first: Tensor, dtype: torch.dtype) -> Tensor:
         """Input x (..., 2 * hidden) from the code z (..., G, C) and action (..., A) before it, zero where first (...).

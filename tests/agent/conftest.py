@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from outer_product import with_outer_product
 
 from agent import config as configuration
 from agent import schema
@@ -22,17 +23,21 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def debug_config() -> Make:
-    """Function of settings "key=value": the configuration of size debug, in fp32 on the CPU."""
+def debug_config(monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Function of settings "key=value": the configuration of size debug, in fp32 on the CPU.
+
+    The core `outer_product` of the tests has no file, and is known while the test runs.
+    """
 
     def make(*settings: str, core: str = "gru", size: str = "debug") -> schema.Config:
-        return configuration.resolve(
+        config = configuration.resolve(
             env="gym_CartPole-v1",
-            core=core,
+            core="gru" if core == "outer_product" else core,
             size=size,
             device="cpu",
             settings=["precision=fp32", "compile=eager", *settings],
         )
+        return with_outer_product(config, monkeypatch) if core == "outer_product" else config
 
     return make
 
@@ -41,7 +46,13 @@ def debug_config() -> Make:
 def make_agent(debug_config: Make) -> Make:
     """Function of an action space and settings: an agent that sees three reals and one choice of four."""
 
-    def make(action: gymnasium.Space[Any], settings: Sequence[str] = (), seed: int = 0, device: str = "cpu") -> Agent:
+    def make(
+        action: gymnasium.Space[Any],
+        settings: Sequence[str] = (),
+        seed: int = 0,
+        device: str = "cpu",
+        core: str = "gru",
+    ) -> Agent:
         observations = gymnasium.spaces.Dict(
             {
                 "place": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32),
@@ -49,7 +60,7 @@ def make_agent(debug_config: Make) -> Make:
             }
         )
         torch.manual_seed(seed)
-        return Agent(observations, action, debug_config(*settings), torch.device(device))
+        return Agent(observations, action, debug_config(*settings, core=core), torch.device(device))
 
     return make
 
@@ -70,6 +81,7 @@ def make_replay() -> Make:
             device=agent.device,
             seed=seed,
             online_queue=False,
+            stride=agent.replay_stride,
         )
         random = torch.Generator().manual_seed(seed)
         choices = {

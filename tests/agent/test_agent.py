@@ -166,7 +166,7 @@ def test_mode_takes_the_most_likely_action(make_agent: Make) -> None:
     agent = make_agent(BOX)
     action, carry = agent.act(observation(4), torch.ones(4, dtype=torch.bool), agent.initial(4), mode=True)
     h = carry.state["deter"]
-    policy = agent.behavior.actor(agent.world_model.rssm.feature(h, carry.z, torch.float32))
+    policy = agent.behavior.actor(agent.world_model.rssm.feature(Latent(carry.state, h, carry.z), torch.float32))
     torch.testing.assert_close(action, policy.mean.detach())
 
 
@@ -409,11 +409,11 @@ def test_gradient_through_the_model_equals_a_plain_loop_and_teaches_the_actor_al
     action_noise = agent.action.noise((4, 6), agent.device)
     uniform = torch.rand(4, 6, agent.config.rssm.stoch)
     model, rssm = agent.world_model, agent.world_model.rssm
-    features, state = [rssm.feature(h, z, torch.float32)], {"deter": h}
+    features, state = [rssm.feature(Latent({"deter": h}, h, z), torch.float32)], {"deter": h}
     for t in range(4):
         action = actor(features[-1].detach()).sample(action_noise[t])
         state, h, z = rssm.imagine_step(state, z, action, uniform[t], torch.float32)
-        features.append(rssm.feature(h, z, torch.float32))
+        features.append(rssm.feature(Latent(state, h, z), torch.float32))
     feature = torch.stack(features)
     reward, live = model.reward.mean(model.reward(feature)), model.continuation.probability(feature)
     value = agent.behavior.critic.mean(agent.behavior.critic(feature))

@@ -66,6 +66,37 @@ def test_captured_acting_samples_anew(prepare: Prepare) -> None:
     assert len({tuple(action.flatten().tolist()) for action in actions}) == EAGER_CALLS + 5
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph", "full"])
+def test_a_core_that_takes_another_path_is_captured_anew(
+    mode: str, make_agent: Callable[..., Agent], make_replay: Callable[..., Replay]
+) -> None:
+    action = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    settings = ["rssm.posterior=observation", "rssm.read_after_observation=true", f"compile={mode}", *FAST]
+    agent = make_agent(action, settings, device="cuda", core="outer_product")
+    replay = make_replay(agent)
+    agent.attach(replay)
+    observation, first = (
+        {"place": torch.zeros(2, 3), "signal": torch.zeros(2, dtype=torch.int64)},
+        torch.zeros(2).bool(),
+    )
+    carry = agent.initial(2)
+    for _ in range(2 * EAGER_CALLS + 4):  # the schedule takes another path at update 3, and says so once
+        agent.update(replay.sample(4))
+        _, carry = agent.act(observation, first, carry)
+        metrics = agent.take_metrics()
+        assert all(np.isfinite(list(metrics.values())))
+        agent.schedule(metrics)
+    assert agent.world_model.rssm.core.factor == agent.frozen_world_model.module.rssm.core.factor == 2
+    if mode != "eager":
+        assert agent._update.graph is not None and agent._act.graph is not None  # type: ignore[union-attr]
+    state, z = {key: torch.ones_like(value) for key, value in agent.initial(2).state.items()}, agent.initial(2).z
+    results = [
+        rssm.imagine_step(state, z, carry.action, torch.rand(2, rssm.groups, device="cuda"), torch.float32).h
+        for rssm in (agent.world_model.rssm, agent.frozen_world_model.module.rssm)
+    ]
+    assert torch.allclose(*results, rtol=0.1, atol=0.1)
+
+
 def test_no_host_synchronisation_in_the_steady_state(prepare: Prepare) -> None:
     agent, replay = prepare("graph")
     for _ in range(EAGER_CALLS + 2):

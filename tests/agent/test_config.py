@@ -1,6 +1,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from ruamel.yaml import YAML
@@ -57,6 +58,26 @@ def test_every_core_has_every_size_and_survives_a_file(core, size, tmp_path):
     assert load(path) == config
     assert isinstance(config.core, registered_cores()[core].Config)
     assert config.core.name == core
+
+
+@pytest.mark.parametrize("core", configuration._names("core"))
+def test_the_posterior_suits_the_core_unless_the_user_says_otherwise(core):
+    parallel = registered_cores()[core].parallel_in_time
+    assert walker(core=core).rssm.posterior == ("observation" if parallel else "recurrent")
+    for posterior in ("observation", "recurrent"):
+        assert walker(f"rssm.posterior={posterior}", core=core).rssm.posterior == posterior
+
+
+def test_a_core_file_may_choose_its_posterior(tmp_path, monkeypatch):
+    copytree(CONFIGS, tmp_path / "configs")
+    file = tmp_path / "configs" / "core" / "gru.yaml"
+    text = file.read_text()
+    assert "posterior: recurrent" in text
+    file.write_text(text.replace("posterior: recurrent", "posterior: observation"))
+    monkeypatch.setattr(configuration, "CONFIGS", tmp_path / "configs")
+    assert walker().rssm.posterior == "observation"
+    assert walker("rssm.posterior=recurrent").rssm.posterior == "recurrent"
+    assert walker(file=write(tmp_path, "rssm: {posterior: recurrent}")).rssm.posterior == "recurrent"
 
 
 def test_every_registered_core_has_a_file():

@@ -101,6 +101,15 @@ def test_frozen_in_fp32_shares_storage_and_learns_nothing() -> None:
     assert torch.equal(frozen.module(x), mlp(x).detach())
 
 
+def test_frozen_shares_buffers() -> None:
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    frozen = Frozen(module, torch.bfloat16)
+    module[0].running_mean.fill_(5)
+    module.load_state_dict(module.state_dict() | {"0.num_batches_tracked": torch.tensor(7)})
+    assert torch.equal(frozen.module[0].running_mean, torch.full((3,), 5.0))
+    assert frozen.module[0].num_batches_tracked == 7
+
+
 def test_frozen_in_bf16_copies_matrices_when_refreshed_and_shares_vectors() -> None:
     mlp = MLP(4, 6, 2)
     frozen = Frozen(mlp, torch.bfloat16)

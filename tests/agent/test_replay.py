@@ -297,7 +297,7 @@ def test_too_large_a_capacity_is_refused() -> None:
 
 def test_bytes_are_known_before_they_are_taken() -> None:
     per_row = 3 * 4 + 4 + 2 * 8 + 3 + 4 + 5 * 4
-    assert make(capacity=61).nbytes == storage_bytes({**ROWS, **LATENTS}, 3, 61) == 60 * per_row
+    assert make(capacity=61).nbytes == storage_bytes(ROWS, LATENTS, streams=3, capacity=61) == 60 * per_row
 
 
 def test_device_follows_the_agent_and_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def posterior(model: WorldModel, spread: Tensor | float = 1.0) -> Posterior:
 
 
 def feature_of(model: WorldModel, found: Posterior) -> Tensor:
-    return model.rssm.feature(found.latent.h, found.latent.z, torch.float32)
+    return model.rssm.feature(found.latent, torch.float32)
 
 
 def fp64(tensor: Tensor) -> np.ndarray:
