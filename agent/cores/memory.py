@@ -6,8 +6,8 @@ Everything is kept divided by exp(m), m the running maximum of the log weights, 
 was has weight 1 and no exponential overflows. k comes in scaled by 1 / sqrt(K).
 
 All forms take q, k (B, H, T, K), v (B, H, T, V), the logarithms of both gates (B, H, T) in fp32, `first` (B, T) bool,
-which empties the memory before a step, and a Memory; they give y (B, H, T, V) in the dtype of q and the Memory after the
-last step. Products of queries are in the dtype of q, k and v; states, weights and norms stay in fp32. For one step
+which empties the memory before a step, and a Memory; they give y (B, H, T, V) in the dtype of q and the Memory after
+the last step. Products of queries are in the dtype of q, k and v; states, weights and norms stay in fp32. For one step
 there is no axis T.
 
 The forms parallel in time work on chunks: products with C_t for all t of a chunk are products with the memory C at its
@@ -26,15 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agent.cores.maps import Map, on_matrices
-
 EMPTY = -1e30
 """m of an empty memory: finite, so that differences are never NaN, and below whatever a gate can say."""
 
 NORM_FLOOR = 1e-3
 """Frobenius norms well below it count as nothing instead of being scaled up to 1. The heaviest write has weight 1
-and norm |k||v|, so this is relative to the writes: only what cancelled, or was written with next to no value, is as small,
-and its direction is rounding noise, which gradients would multiply by one over the norm."""
+and norm |k||v|, so this is relative to the writes: only what cancelled, or was written with next to no value, is so
+small, and its direction is rounding noise, which gradients would multiply by one over the norm."""
 
 NORMALISER_EPS = 1e-6
 MAX_LOG_NORMALISER = 80.0  # exp of more overflows in fp32
@@ -77,19 +75,19 @@ def write(k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Te
 
 
 def plain_read(q: Tensor, memory: Memory) -> Tensor:
-    """q'C / max(|q'n|, exp(-m)) for q (B, H, K) -> (B, H, V)."""
+    """Read q'C / max(|q'n|, exp(-m)) for q (B, H, K) -> (B, H, V)."""
     y = _row(q, memory.C.to(q.dtype)).to(memory.C.dtype)
     overlap = (q * memory.n).sum(-1)
     return (y / _normaliser(overlap, memory.m)[..., None]).to(q.dtype)
 
 
-def matrix_read(q: Tensor, memory: Memory, chain: Map) -> Tensor:
-    """q' f(C / |C|) for q (..., H, K) -> (..., H, V), with the map f applied to the matrix itself, in fp32."""
-    return _row(q.to(memory.C.dtype), on_matrices(chain, unit(memory.C))).to(q.dtype)
+def matrix_read(q: Tensor, memory: Memory, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Read q' f(C / |C|) for q (..., H, K) -> (..., H, V), with f applied to the matrices (..., H, K, V), in fp32."""
+    return _row(q.to(memory.C.dtype), function(unit(memory.C))).to(q.dtype)
 
 
 def polynomial_read(q: Tensor, memory: Memory, coefficients: Tensor) -> Tensor:
-    """q' f(C / |C|) for q (B, H, K) -> (B, H, V) with f(s) = sum_j c_j s T_j(2 s^2 - 1) and c (J,): 2 J - 1 products."""
+    """Read q' f(C / |C|) for q (B, H, K) -> (B, H, V), f(s) = sum_j c_j s T_j(2 s^2 - 1), c (J,): 2 J - 1 products."""
     A = unit(memory.C).to(q.dtype)
     return _polynomial(q, coefficients, lambda x: _row(x, A), lambda y: _row(y, A.mT))
 
@@ -100,19 +98,19 @@ def unit(C: Tensor) -> Tensor:
 
 
 def _row(x: Tensor, matrix: Tensor) -> Tensor:
-    """x' M: (..., K), (..., K, V) -> (..., V)."""
+    """Product x' M: (..., K), (..., K, V) -> (..., V)."""
     return (x.unsqueeze(-2) @ matrix).squeeze(-2)
 
 
 def _normaliser(overlap: Tensor, m: Tensor) -> Tensor:
-    """max(|q'n|, exp(-m)), of any shape. It keeps y at the scale of the values when little of q was ever written."""
+    """The larger of |q'n| and exp(-m), of any shape: y stays at the scale of v where little like q was ever written."""
     return torch.maximum(overlap.abs(), (-m).clamp(max=MAX_LOG_NORMALISER).exp()) + NORMALISER_EPS
 
 
 def _polynomial(
     q: Tensor, coefficients: Tensor, to_value: Callable[[Tensor], Tensor], to_key: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """q' f(A) = sum_j c_j x_j' A with x_j = T_j(2 A A' - 1) q by the recurrence of T_j, in at least fp32.
+    """Read q' f(A) = sum_j c_j x_j' A with x_j = T_j(2 A A' - 1) q by the recurrence of T_j, in at least fp32.
 
     to_value is x -> x' A, (..., K) -> (..., V), and to_key is y -> A y, (..., V) -> (..., K); both in the dtype of q.
     """
@@ -251,9 +249,9 @@ def polynomial_read_sequence(
 
 
 def _inverse_norms(chunks: Chunks) -> Tensor:
-    """1 / |C_t| (B, H, N, L) as `unit` has it, from |C_t|^2 = a^2 |C|^2 + 2 a sum_u D_u k_u'C v_u + sum_uw D_u M_uw D_w.
+    """1 / |C_t| (B, H, N, L) as `unit` has it, in fp32, since the terms may cancel.
 
-    M_uw = (k_u'k_w)(v_u'v_w). In fp32, since the terms may cancel.
+    |C_t|^2 = a^2 |C|^2 + 2 a sum_u D_u k_u'C v_u + sum_uw D_u M_uw D_w        M_uw = (k_u'k_w) (v_u'v_w)
     """
     weight, carry, C = chunks.weight, chunks.carry, chunks.start.C
     k, v = chunks.k.to(C.dtype), chunks.v.to(C.dtype)
@@ -261,6 +259,16 @@ def _inverse_norms(chunks: Chunks) -> Tensor:
     inside = ((weight @ ((k @ k.mT) * (v @ v.mT))) * weight).sum(-1)
     square = carry.square() * C.square().sum((-2, -1))[..., None] + 2 * carry * across + inside
     return (square.clamp(min=0) + NORM_FLOOR**2).rsqrt()
+
+
+def matrix_read_sequence(
+    q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory,
+    function: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Memory]:  # fmt: skip
+    """`matrix_read` after every step, from all T memories at once: a reference, for short sequences."""
+    states = memories_at(k, v, log_input, log_forget, first, memory, range(q.shape[2]))
+    y = matrix_read(q.transpose(1, 2), states, function).transpose(1, 2)
+    return y, Memory(*(part[:, -1] for part in states))
 
 
 def memories_at(
