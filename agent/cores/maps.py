@@ -61,7 +61,7 @@ def chebyshev_fit(chain: Map, degree: int) -> NDArray[np.float64]:
         c (m + 1) of the form sum_j c_j s T_j(2 s^2 - 1) with T_j the Chebyshev polynomials.
 
     Raises:
-        ValueError: the degree is even or not positive, or the map is too steep at 0 for its error to be found.
+        ValueError: the degree is even or not positive.
     """
     if degree < 1 or degree % 2 == 0:
         raise ValueError(f"degree ({degree}) must be odd and positive")
@@ -78,7 +78,7 @@ def chebyshev_fit(chain: Map, degree: int) -> NDArray[np.float64]:
         if largest <= max(abs(level) * (1 + 1e-6), 1e-10):
             return np.asarray(coefficients)
         points = _alternating_extrema(grid, error, terms + 1)
-    raise ValueError(f"no polynomial of degree {degree} found for this map: it is too steep at 0")
+    raise RuntimeError(f"the exchange for a polynomial of degree {degree} did not converge")
 
 
 def evaluate(coefficients: NDArray[np.float64], s: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -98,6 +98,4 @@ def _alternating_extrema(grid: NDArray[np.float64], error: NDArray[np.float64], 
     peaks = np.array([run[np.abs(error[run]).argmax()] for run in runs])
     while len(peaks) > amount:
         peaks = peaks[1:] if abs(error[peaks[0]]) < abs(error[peaks[-1]]) else peaks[:-1]
-    if len(peaks) < amount:
-        raise ValueError("the error of the fit does not alternate: this map is too steep at 0")
     return grid[peaks]
