@@ -280,12 +280,19 @@ def memories_at(
     found = []
     for index, group in groupby(steps, key=lambda step: step // chunk):
         at = [step % chunk for step in group]
-        weight = chunks.weight[:, :, index, at].unsqueeze(-1)  # (B, H, S, L, 1)
-        carry = chunks.carry[:, :, index, at].unsqueeze(-1)  # (B, H, S, 1)
+        weight = take(chunks.weight[:, :, index], 2, at).unsqueeze(-1)  # (B, H, S, L, 1)
+        carry = take(chunks.carry[:, :, index], 2, at).unsqueeze(-1)  # (B, H, S, 1)
+        m = take(chunks.m[:, :, index], 2, at)
         weighted = weight * chunks.k[:, :, None, index]  # (B, H, S, L, K)
         C_added = weighted.mT @ chunks.v[:, :, None, index].to(weight.dtype)
         start = Memory(*(part[:, :, index, None] for part in chunks.start))
-        found.append(
-            Memory(carry[..., None] * start.C + C_added, carry * start.n + weighted.sum(-2), chunks.m[:, :, index, at])
-        )
+        found.append(Memory(carry[..., None] * start.C + C_added, carry * start.n + weighted.sum(-2), m))
     return Memory(*(torch.cat(parts, 2).transpose(1, 2) for parts in zip(*found, strict=True)))
+
+
+def take(x: Tensor, dim: int, places: Sequence[int]) -> Tensor:
+    """The chosen places of an axis, by views alone: a list of indices would have to be copied from the host."""
+    stride = places[1] - places[0] if len(places) > 1 else 1
+    if stride > 0 and list(places) == list(range(places[0], places[-1] + 1, stride)):
+        return x[(*[slice(None)] * dim, slice(places[0], places[-1] + 1, stride))]
+    return torch.stack([x.select(dim, place) for place in places], dim)

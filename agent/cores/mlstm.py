@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from agent.cores.core import RecurrentCore, State, register
-from agent.cores.memory import Memory, empty, memories_at
+from agent.cores.memory import Memory, empty, memories_at, take
 from agent.cores.reads import PlainRead, Read
 from agent.networks import RMS_EPS, BlockLinear, Linear, RMSNorm, initialize_
 
@@ -46,6 +46,8 @@ class MLSTMBlock(nn.Module):
     q, k and v of all heads.
     """
 
+    gate_means: Tensor
+
     def __init__(self, config: MLSTMConfig):
         super().__init__()
         heads, inner = config.heads, config.heads * config.head_dim
@@ -60,6 +62,7 @@ class MLSTMBlock(nn.Module):
         self.gates = nn.Parameter(torch.zeros(2 * heads, 3 * inner))
         input_bias, forget_bias = INPUT_BIAS_STD * torch.randn(heads), torch.linspace(*FORGET_BIAS, heads)
         self.gates_bias = nn.Parameter(torch.cat([input_bias, forget_bias]))
+        self.register_buffer("gate_means", torch.zeros(2), persistent=False)  # for the log; see `diagnostics`
         self.head_norm = RMSNorm(config.head_dim)
         self.skip = nn.Parameter(torch.ones(inner))
         self.down = Linear(inner, config.width, bias=False, scale=config.blocks**-0.5)
@@ -87,7 +90,7 @@ class MLSTMBlock(nn.Module):
         y, memory = cell(q, k, v, log_input, log_forget, first, memory)
         y = self.head_norm(y.transpose(1, 2)).flatten(2)  # (B, T, I)
         x = x + self.down((y + self.skip.to(x.dtype) * c) * F.silu(z))
-        seen = recent[:, -1] if keep is None else recent[:, list(keep)]
+        seen = recent[:, -1] if keep is None else take(recent, 1, keep)
         return x, memory, seen[..., 1:].mT.to(history.dtype)
 
     def _recent(self, u: Tensor, history: Tensor, first: Tensor) -> Tensor:
@@ -108,7 +111,11 @@ class MLSTMBlock(nn.Module):
         q, k, v = (row.view(*c.shape[:2], config.heads, -1).transpose(1, 2) for row in rows)
         if config.unit_norm:
             q, k = unit_length(q), unit_length(k)
-        return q, k * config.head_dim**-0.5, v, log_input, F.logsigmoid(gates[1])
+        log_forget = F.logsigmoid(gates[1])
+        if self.gates.requires_grad and torch.is_grad_enabled():  # in training, but not in a frozen twin
+            with torch.no_grad():
+                self.gate_means.copy_(torch.stack([log_input.mean(), log_forget.exp().mean()]))
+        return q, k * config.head_dim**-0.5, v, log_input, log_forget
 
 
 @register("mlstm")
@@ -187,15 +194,19 @@ class MLSTM(RecurrentCore):
 
     @torch.no_grad()
     def diagnostics(self, state: State) -> dict[str, Tensor]:
-        """Means over streams and heads, for each block, of the log of |exp(m) C| and of C's effective rank.
+        """Means over streams and heads, for each block.
 
-        The effective rank is the participation ratio of the squared singular values, |C|^4 / |C'C|^2.
+        Of the memory, the log of its norm |exp(m) C| and its effective rank, the participation ratio |C|^4 / |C'C|^2 of
+        the squared singular values; of the gates, as they were when last trained, the log of the input gate and the
+        forget gate.
         """
         numbers = {}
-        for index in range(self.config.blocks):
+        for index, block in enumerate(self.blocks):
             memory, _ = _unpack(index, state)
             square = memory.C.square().sum((-2, -1)).clamp(min=torch.finfo(memory.C.dtype).tiny)
             A = memory.C * square.rsqrt()[..., None, None]
+            gates = block.get_buffer("gate_means").clone()
+            numbers[f"log_input_gate_{index}"], numbers[f"forget_gate_{index}"] = gates.unbind()
             numbers[f"log_norm_{index}"] = (square.log() / 2 + memory.m).mean()
             numbers[f"effective_rank_{index}"] = (A.mT @ A).square().sum((-2, -1)).reciprocal().mean()
         return numbers
