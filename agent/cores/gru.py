@@ -11,7 +11,7 @@ from pydantic import ConfigDict, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from agent.cores.core import RecurrentCore, State, clear, register
+from agent.cores.core import RecurrentCore, State, clear, register, take
 from agent.cores.scan import scan
 from agent.networks import BlockLinear, Layer, Linear, RMSNorm
 
@@ -90,4 +90,4 @@ class BlockGRU(RecurrentCore):
         inputs = (x.transpose(0, 1), first.transpose(0, 1))
         (deter,), _ = scan(step, step, tuple(self.parameters()), (state["deter"],), inputs)
         deter = deter.transpose(0, 1)  # (B, T, F)
-        return deter, {"deter": deter[:, -1] if keep is None else deter[:, list(keep)]}
+        return deter, {"deter": deter[:, -1] if keep is None else take(deter, 1, keep)}

@@ -14,7 +14,7 @@ from agent.cores.gru import BlockGRUConfig as GRUConfig
 from agent.schema import Config
 
 INPUT, B, T = 6, 3, 7
-BF16_DRIFT = 0.05  # largest share of the output's norm that 64 steps with products in bf16 may be off
+BF16_DRIFT = 0.03  # largest share of a stream's outputs, in norm, that 64 steps with products in bf16 may be off
 
 MakeCore = Callable[..., RecurrentCore]
 
@@ -153,6 +153,7 @@ def test_no_gradient_passes_a_reset(core: RecurrentCore) -> None:
     for value in state.values():
         value.requires_grad_()
     h, _ = core.sequence(x, state, first)
+    # What cannot reach h at all, as a normaliser that is not read, has a gradient of zero too.
     x_gradient, *state_gradients = torch.autograd.grad(
         h[:, 4:].square().sum(), [x, *state.values()], allow_unused=True, materialize_grads=True
     )
@@ -199,7 +200,7 @@ def test_drift_of_bf16_is_bounded_and_memory_stays_fp32(core_of_size_debug: Make
     exact, _ = core.sequence(x, core.initial(8), first)
     rough, state = core.sequence(x.bfloat16(), core.initial(8), first)
     assert all(value.dtype == torch.float32 for value in state.values())
-    drift = (rough.float() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    drift = (rough.float() - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
     assert 0 < drift.max() < BF16_DRIFT
 
 

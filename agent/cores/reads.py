@@ -1,0 +1,169 @@
+"""How a matrix memory is read: plainly, or through its orthogonalised matrix, or by a mix of both that changes in time.
+
+A Read has the same meaning for one step and for a sequence. This is the one place where the functions that compute
+it are chosen.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field, PositiveInt, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from agent.cores.maps import chebyshev_fit, make_map, on_matrices
+from agent.cores.memory import (
+    Memory,
+    matrix_read,
+    matrix_read_sequence,
+    plain_read,
+    plain_read_sequence,
+    polynomial_read,
+    polynomial_read_sequence,
+    write,
+)
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Read(nn.Module, ABC):
+    """Shapes are those of `agent.cores.memory`."""
+
+    @abstractmethod
+    def read(self, q: Tensor, memory: Memory) -> Tensor:
+        """Ask a memory (B, H, ...) with q (B, H, K) -> (B, H, V)."""
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        """Write, then read: q, k (B, H, K), v (B, H, V), gates (B, H), first (B,) -> y (B, H, V) and the memory."""
+        memory = write(k, v, log_input, log_forget, first, memory)
+        return self.read(q, memory), memory
+
+    @abstractmethod
+    def sequence(
+        self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        """T steps: q, k (B, H, T, K), v (B, H, T, V), gates (B, H, T), first (B, T) -> y (B, H, T, V), last memory."""
+
+    def schedule(self, updates: int, metrics: Mapping[str, float]) -> bool:
+        """Change with training; whether another path through the code is taken from now on."""
+        return False
+
+
+class PlainRead(Read):
+    """The mLSTM's own: q'C over its normaliser."""
+
+    def read(self, q: Tensor, memory: Memory) -> Tensor:  # noqa: D102
+        return plain_read(q, memory)
+
+    def sequence(  # noqa: D102
+        self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        return plain_read_sequence(q, k, v, log_input, log_forget, first, memory)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+class OrthoReadConfig:
+    """Keys of `configs/core/ortho_mlstm.yaml` that say how the memory is read."""
+
+    map: Literal["cubic", "pe2", "pe3", "polar"]
+    map_steps: PositiveInt
+    form: Literal["polynomial", "exact"]
+    degree: PositiveInt
+    alpha_schedule: Literal["constant", "linear", "release"]
+    alpha_start: Share
+    alpha_end: Share
+    alpha_updates: PositiveInt
+    alpha_metric: str
+    alpha_side: Literal["above", "below"]
+    alpha_bar: float
+
+    @model_validator(mode="after")
+    def _fits(self) -> "OrthoReadConfig":
+        if self.form == "polynomial" and self.map == "polar":
+            raise ValueError("map polar jumps at 0, so no polynomial comes near it; it needs form exact")
+        if self.degree % 2 == 0:
+            raise ValueError(f"degree ({self.degree}) must be odd")
+        return self
+
+
+class OrthoRead(Read):
+    """Query the memory with its singular values mapped towards 1: q' [alpha f(A) + (1 - alpha) A] with A = C / |C|.
+
+    There is no normaliser, since f(A) does not scale with C. The polynomial form has f as an odd polynomial, so that
+    alpha is no more than a change of its coefficients; the exact form applies f to every matrix, in training to those
+    of all steps. Where alpha is exactly 0 this is the plain read, bit for bit and at its cost.
+
+    Source: A. Tambde, "Matrix Orthogonalization Improves Memory in Recurrent Models" (2026), whose map is five cubic
+    Newton-Schulz steps; released as in arXiv 2607.19390.
+    """
+
+    alpha: Tensor
+    released: Tensor
+    coefficients: Tensor
+
+    def __init__(self, config: OrthoReadConfig):
+        super().__init__()
+        self.config = config
+        self.map = make_map(config.map, config.map_steps)
+        self.fit = chebyshev_fit(self.map, config.degree) if config.form == "polynomial" else None
+        self.register_buffer("alpha", torch.zeros(()))
+        self.register_buffer("released", torch.tensor(-1))  # update at which the metric passed the bar; -1: not yet
+        terms = 0 if self.fit is None else len(self.fit)
+        self.register_buffer("coefficients", torch.zeros(terms), persistent=False)
+        self.plain = False  # whether alpha is exactly 0: known on the host, as it decides what is computed
+        self._released: int | None = None
+        self._set(config.alpha_start)
+        self.register_load_state_dict_post_hook(_take_over_loaded)
+
+    def _set(self, alpha: float) -> None:
+        # In place, as captured graphs and frozen twins hold on to the buffers.
+        self.plain = alpha == 0
+        self.alpha.fill_(alpha)
+        if self.fit is not None:
+            mixed = alpha * self.fit
+            mixed[0] += 1 - alpha  # T_0 is A itself
+            self.coefficients.copy_(torch.from_numpy(mixed).float())
+
+    def schedule(self, updates: int, metrics: Mapping[str, float]) -> bool:
+        """Move alpha to where it should be after this many updates; whether it came to or left exactly 0."""
+        config, was_plain = self.config, self.plain
+        if config.alpha_schedule == "release" and self._released is None:
+            value = metrics.get(config.alpha_metric, float("nan"))
+            if value >= config.alpha_bar if config.alpha_side == "above" else value <= config.alpha_bar:
+                self._released = updates
+                self.released.fill_(updates)
+        began = {"constant": None, "linear": 0, "release": self._released}[config.alpha_schedule]
+        share = 0.0 if began is None else min(1.0, (updates - began) / config.alpha_updates)
+        start, end = config.alpha_start, config.alpha_end
+        self._set(end if share == 1 else start + share * (end - start))
+        return self.plain != was_plain
+
+    def _mixed(self, A: Tensor) -> Tensor:
+        return torch.lerp(A, on_matrices(self.map, A), self.alpha.to(A.dtype))
+
+    def read(self, q: Tensor, memory: Memory) -> Tensor:  # noqa: D102
+        if self.plain:
+            return plain_read(q, memory)
+        if self.fit is None:
+            return matrix_read(q, memory, self._mixed)
+        return polynomial_read(q, memory, self.coefficients)
+
+    def sequence(  # noqa: D102
+        self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        if self.plain:
+            return plain_read_sequence(q, k, v, log_input, log_forget, first, memory)
+        if self.fit is None:
+            return matrix_read_sequence(q, k, v, log_input, log_forget, first, memory, self._mixed)
+        return polynomial_read_sequence(q, k, v, log_input, log_forget, first, memory, self.coefficients)
+
+
+def _take_over_loaded(read: OrthoRead, _: Any) -> None:
+    """Bring what the host knows, and the coefficients, in line with buffers that were just loaded."""
+    released = int(read.released)
+    read._released = None if released < 0 else released
+    read._set(float(read.alpha))
