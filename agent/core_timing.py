@@ -14,7 +14,13 @@ from agent.cores import RecurrentCore, State, make_core, registered_cores
 from agent.networks import Frozen
 from agent.schema import Config
 
-FORMS: dict[str, dict[str, tuple[str, ...]]] = {}
+FORMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "mesa": {
+        "30 iterations": ("core.iterations=30", "core.ridge=0.1"),
+        "20 iterations": ("core.iterations=20", "core.ridge=0.3"),
+    },
+    "ortho_mlstm": {form: (f"core.form={form}",) for form in ("polynomial", "exact")},
+}
 """For a core that can compute its function in several ways: the name of each, and the settings that choose it."""
 
 PASSES = ("step", "forward", "training")
