@@ -2,8 +2,8 @@
 
     C_t = f_t C_{t-1} + i_t k_t v_t'        n_t = f_t n_{t-1} + i_t k_t        y_t = q_t' C_t, or q_t' f(C_t / |C_t|_F)
 
-Everything is kept divided by exp(m), m the running maximum of the log weights, so that the heaviest write there ever
-was has weight 1 and no exponential overflows. k comes in scaled by 1 / sqrt(K).
+Everything is kept divided by exp(m), m the largest log weight of what is held, so that the heaviest write has weight 1
+and no exponential overflows. k comes in scaled by 1 / sqrt(K).
 
 All forms take q, k (B, H, T, K), v (B, H, T, V), the logarithms of both gates (B, H, T) in fp32, `first` (B, T) bool,
 which empties the memory before a step, and a Memory; they give y (B, H, T, V) in the dtype of q and the Memory after
