@@ -27,7 +27,7 @@ from agent.cores.kernels.chunk import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "steps", "chunks"])
 def read_backward(
     grad_y_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -53,7 +53,7 @@ def read_backward(
     v_step: tl.tensor,
     heads: tl.tensor,
     steps: tl.tensor,
-    chunks: tl.constexpr,
+    chunks: tl.tensor,
     COEFFICIENTS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -101,7 +101,7 @@ def read_backward(
     store_rows(grad_q_ptr + (batch * steps * heads + head) * K, grad_q, heads * K, start, steps, L, K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "steps", "chunks"])
 def values_backward(
     grad_y_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -130,7 +130,7 @@ def values_backward(
     v_step: tl.tensor,
     heads: tl.tensor,
     steps: tl.tensor,
-    chunks: tl.constexpr,
+    chunks: tl.tensor,
     COEFFICIENTS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -196,7 +196,7 @@ def values_backward(
     tl.store(grad_states_ptr + program * K * V + tile(K, V), grad_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "steps", "chunks"])
 def keys_backward(
     grad_y_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -226,7 +226,7 @@ def keys_backward(
     v_step: tl.tensor,
     heads: tl.tensor,
     steps: tl.tensor,
-    chunks: tl.constexpr,
+    chunks: tl.tensor,
     COEFFICIENTS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -297,7 +297,7 @@ def keys_backward(
     tl.store(grad_forget_ptr + row * steps + start + t, tl.where(first != 0, 0.0, grad_forget), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "steps"])
 def states_backward(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,

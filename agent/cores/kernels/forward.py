@@ -15,7 +15,7 @@ from agent.cores.kernels.chunk import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "steps"])
 def chunk_states(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
@@ -78,7 +78,7 @@ def chunk_states(
     tl.store(m_out_ptr + row, m, mask=column == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "steps", "chunks"])
 def read_forward(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -104,7 +104,7 @@ def read_forward(
     v_step: tl.tensor,
     heads: tl.tensor,
     steps: tl.tensor,
-    chunks: tl.constexpr,
+    chunks: tl.tensor,
     COEFFICIENTS: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,

@@ -13,7 +13,7 @@ from agent.cores.kernels.tuning import launch
 from agent.cores.memory import EMPTY, MAX_LOG_NORMALISER, NORM_FLOOR, NORMALISER_EPS, Memory
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def _step(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,

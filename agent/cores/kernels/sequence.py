@@ -1,8 +1,8 @@
 """The orthogonalised read of a matrix memory over a sequence, on the GPU: launches and autograd.
 
 Forward: `chunk_states`, sequential over chunks, then `read_forward` on all chunks at once. Backward: `read_backward`,
-`values_backward` and `keys_backward` on all chunks at once, then `states_backward`, sequential over chunks. The arrays between them are the memories at chunk
-starts and, for the gradient, the vectors of the recurrence.
+`values_backward` and `keys_backward` on all chunks at once, then `states_backward`, sequential over chunks. The arrays
+between them are the memories at chunk starts and, for the gradient, the vectors of the recurrences.
 """
 
 from typing import Any
