@@ -70,8 +70,11 @@ class Agent:
         self.world_model = WorldModel(self.observations, self.action, config).to(device)
         self.behavior = Behavior(self.world_model.rssm.feature_size, self.action, config).to(device)
         self.normalizer = ReturnNormalizer(config.behavior).to(device)
-        self.parameters = [*self.world_model.parameters(), *self.behavior.parameters()]
-        self.optimizer = LaProp(self.parameters, config.optimizer)
+        modelled, behaving = list(self.world_model.parameters()), list(self.behavior.parameters())
+        self.parameters = [*modelled, *behaving]
+        share = (config.optimizer.behavior_lr or config.optimizer.lr) / config.optimizer.lr
+        shares = [1.0] * len(modelled) + [share] * len(behaving)
+        self.optimizer = LaProp(self.parameters, config.optimizer, shares if share != 1 else None)
 
         self.frozen_actor = Frozen(self.behavior.actor, self.dtype)
         self.frozen_critic = Frozen(self.behavior.critic, self.dtype)

@@ -23,13 +23,15 @@ class LaProp:
         v <- beta2 v + (1 - beta2) g^2         g <- g / (sqrt(v / (1 - beta2^t)) + eps)
         m <- beta1 m + (1 - beta1) g           w <- w - lr_t m / (1 - beta1^t)
 
-    lr_t rises linearly from 0, at the first update, to lr over `warmup` updates. The count lies on the device, so that
-    a captured update goes on counting.
+    lr_t rises linearly from 0, at the first update, to lr over `warmup` updates; each parameter learns at its share of
+    lr_t, which is all of it if `shares` is None. The count lies on the device, so that a captured update goes on
+    counting.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], config: Optimizer):
+    def __init__(self, parameters: list[nn.Parameter], config: Optimizer, shares: list[float] | None = None):
         self.parameters: list[Tensor] = [parameter.detach() for parameter in parameters]  # share storage
         self.config = config
+        self.shares = shares
         self.count = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
         self.square = [torch.zeros_like(parameter) for parameter in parameters]
         self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
@@ -59,7 +61,10 @@ class LaProp:
         torch._foreach_div_(gradients, denominator)
         torch._foreach_lerp_(self.momentum, gradients, 1 - c.beta1)
         size = (rate / (1 - c.beta1**self.count)).float()
-        torch._foreach_sub_(self.parameters, list(torch._foreach_mul(self.momentum, size)))
+        change = torch._foreach_mul(self.momentum, size)
+        if self.shares is not None:
+            change = torch._foreach_mul(change, self.shares)
+        torch._foreach_sub_(self.parameters, change)
         return {
             "gradient_norm": gradient_norms.square().sum().sqrt(),
             "weight_norm": weight_norms.square().sum().sqrt(),

@@ -117,6 +117,7 @@ class Optimizer:
     """Section `optimizer`."""
 
     lr: Positive
+    behavior_lr: Positive | None
     agc: Positive
     beta1: ShareBelowOne
     beta2: ShareBelowOne

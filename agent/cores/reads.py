@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, Positiv
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from agent.cores import kernels
 from agent.cores.least_squares import least_squares_read, least_squares_read_sequence, with_keys
 from agent.cores.maps import chebyshev_fit, make_map, on_matrices
 from agent.cores.memory import (
@@ -23,7 +24,6 @@ from agent.cores.memory import (
     plain_read,
     plain_read_sequence,
     polynomial_read,
-    polynomial_read_sequence,
     write,
 )
 
@@ -68,6 +68,11 @@ class PlainRead(Read):
 
     def read(self, q: Tensor, memory: Memory) -> Tensor:  # noqa: D102
         return plain_read(q, memory)
+
+    def step(  # noqa: D102
+        self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        return kernels.step(q, k, v, log_input, log_forget, first, memory)
 
     def sequence(  # noqa: D102
         self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
@@ -162,6 +167,15 @@ class OrthoRead(Read):
             return matrix_read(q, memory, self._mixed)
         return polynomial_read(q, memory, self.coefficients)
 
+    def step(  # noqa: D102
+        self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        if self.plain:
+            return kernels.step(q, k, v, log_input, log_forget, first, memory)
+        if self.fit is None:
+            return super().step(q, k, v, log_input, log_forget, first, memory)
+        return kernels.step(q, k, v, log_input, log_forget, first, memory, self.coefficients)
+
     def sequence(  # noqa: D102
         self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
     ) -> tuple[Tensor, Memory]:
@@ -169,7 +183,7 @@ class OrthoRead(Read):
             return plain_read_sequence(q, k, v, log_input, log_forget, first, memory)
         if self.fit is None:
             return matrix_read_sequence(q, k, v, log_input, log_forget, first, memory, self._mixed)
-        return polynomial_read_sequence(q, k, v, log_input, log_forget, first, memory, self.coefficients)
+        return kernels.polynomial_read_sequence(q, k, v, log_input, log_forget, first, memory, self.coefficients)
 
 
 def _take_over_loaded(read: OrthoRead, _: Any) -> None:

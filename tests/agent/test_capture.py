@@ -40,8 +40,10 @@ def test_captured_updates_equal_eager_ones(prepare: Prepare) -> None:
             agent.update(replay.sample(4))
         results.append([parameter.detach().clone() for parameter in agent.parameters])
     before = prepare("eager", *FAST)[0].parameters
+    # Sums by atomics differ in their last digits from run to run, and where a gradient is about 0, its division by its
+    # own RMS makes a step of that. So both must have gone the same way to within a few percent of it.
     for start, eager, captured in zip(before, *results, strict=True):
-        assert torch.allclose(eager, captured, rtol=1e-3, atol=1e-4)
+        assert (eager - captured).norm() <= 0.05 * (eager - start).norm()
         assert not torch.equal(start, captured) or start.numel() <= 1
 
 

@@ -15,7 +15,7 @@ SHAPES = [(6, 4), (5,), (3, 2), ()]
 
 def settings(**changes: float) -> Optimizer:
     values = {"lr": 1e-2, "agc": 0.3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-20, "warmup": 0} | changes
-    return Optimizer(**values)
+    return Optimizer(behavior_lr=None, **values)
 
 
 def problem(steps: int) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
@@ -107,6 +107,18 @@ def test_warm_up_starts_at_zero_and_ends_at_lr() -> None:
         if t == 0:
             assert distance(ours, weights) < 1e-7
     np.testing.assert_allclose(rates, 1e-2 * np.array([0, 0.25, 0.5, 0.75, 1, 1, 1, 1]), rtol=1e-6)
+
+
+def test_a_share_scales_the_step_of_its_own_parameter_alone() -> None:
+    weights, gradients = problem(1)
+    shares = [1.0, 0.25, *[2.0] * (len(weights) - 2)]
+    whole, shared = parameters(weights), parameters(weights)
+    LaProp(whole, settings()).step(tensors(gradients[0]))
+    LaProp(shared, settings(), shares).step(tensors(gradients[0]))
+    for share, start, a, b in zip(shares, weights, whole, shared, strict=True):
+        moved = a.detach().numpy() - start
+        assert np.abs(moved).max() > 1e-3
+        np.testing.assert_allclose(b.detach().numpy() - start, share * moved, atol=1e-6)
 
 
 def test_reported_norms_are_those_before_the_step() -> None:
