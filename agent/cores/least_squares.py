@@ -104,7 +104,8 @@ def _solve(b: Tensor, strength: Tensor, iterations: int, *gram: Tensor) -> Tenso
 
     The gradient is that of the solution and not of the iterations: w = (G_t + lambda_t)^{-1} dx gives db = w,
     dG_t = -w x' and dlambda_t = -w'x. It is solved for as x was, the matrix being symmetric, and costs no more than
-    that, whereas the iterations would all have to be kept and gone back through.
+    that. The iterations would all have to be kept, and going back through those after the residual has become rounding
+    noise, as soon as the second where a memory has rank one, divides by it: the gradient is NaN.
     """
     with torch.no_grad():
         x = _conjugate_gradients(b, strength, iterations, *gram)

@@ -51,7 +51,7 @@ def test_every_core_is_checked_and_timed(
     }
     for row in result["rows"]:
         assert 0 < row["ms_p10"] <= row["ms"] <= row["ms_p90"]
-        assert row["error"] < 1e-4
+        assert row["error"] < 5e-4
     heading, columns, *lines = capsys.readouterr().out.splitlines()
     assert heading.startswith("cpu x")
     assert len(lines) == len(result["rows"])
