@@ -115,7 +115,7 @@ def test_products_in_bf16_have_their_own_tolerance() -> None:
     for case in list_cases(None, ["debug"], "cpu", ["precision=bf16"]):
         for row in measure(case, [2], [16], ["forward"], device=CPU, repeats=1, graph=False):
             assert row["precision"] == "bfloat16"
-            assert 1e-4 < row["error"] < 0.05
+            assert 1e-4 < row["error"] < 0.2
             assert "ms" in row
 
 
