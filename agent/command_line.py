@@ -13,7 +13,10 @@ from agent.schema import Config
 from envs.errors import EnvError
 
 FLAGS: dict[str, dict[str, Any]] = {
-    "env": {"metavar": "NAME", "help": "preset in configs/env/, dmc_<domain>_<task> or gym_<Id>"},
+    "env": {
+        "metavar": "NAME",
+        "help": "preset in configs/env/, or a name: dmc_<domain>_<task>, gym_<Id>, probe_<task>_<level>",
+    },
     "core": {"metavar": "NAME", "help": "recurrent core, a file in configs/core/"},
     "size": {
         "metavar": "NAME",

@@ -24,6 +24,8 @@ SECTIONS: dict[str, type[Any]] = {
     for field in dataclasses.fields(Config)
     if isinstance(field.type, type) and dataclasses.is_dataclass(field.type)
 }
+OPEN = "env.options"
+"""The key under which any further key may stand: what is right there, the environment knows."""
 CHANGEABLE = ("steps", "device", "compile", "log", "checkpoint")
 """The keys and sections that may differ when a run is resumed."""
 
@@ -236,7 +238,7 @@ def _check_keys(values: Values, known: Sequence[str], source: str) -> None:
     for key in values:
         if key in SECTIONS or key == "core":
             raise UserError(f"{source}: {key} is a section; set its keys, as in {_nearest(key + '.', known)}")
-        if key not in known:
+        if key not in known and not key.startswith(f"{OPEN}."):
             raise UserError(f"{source}: unknown key {_line(key)}; the nearest is {_nearest(key, known)}")
 
 
@@ -277,6 +279,10 @@ def _known_keys(core: str) -> list[str]:
 def _validate(values: Values) -> Config:
     """The configuration of these settings, whose keys are all known."""
     parts: dict[str, Any] = {}
+    inner = {key.removeprefix(f"{OPEN}."): value for key, value in values.items() if key.startswith(f"{OPEN}.")}
+    if inner:
+        outer = {key: value for key, value in values.items() if not key.startswith(f"{OPEN}.")}
+        values = outer | {OPEN: inner}
     for name, section in (SECTIONS | {"core": _core_section(values["core.name"])}).items():
         own = {key.split(".")[1]: value for key, value in values.items() if key.startswith(f"{name}.")}
         parts[name] = _build(section, own, name)

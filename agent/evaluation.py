@@ -1,6 +1,7 @@
 """A trained agent on its environment: returns of whole episodes, and a video of one."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from agent import config as configuration
 from agent.agent import Agent
 from agent.errors import UserError
 from agent.training import choose_training_device, tensors
-from envs.streams import Streams
+from envs.streams import Finished, Streams
 
 
 def load(logdir: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto", render: bool = False) -> Agent:
@@ -43,6 +44,7 @@ def load(logdir: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto", re
         action_repeat=config.env.action_repeat,
         time_limit=config.env.time_limit,
         render=render,
+        options=config.env.options,
     )
     agent = Agent(env.observation_space, env.action_space, config, choose_training_device(config))
     env.close()
@@ -50,11 +52,20 @@ def load(logdir: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto", re
     return agent
 
 
-def evaluate(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
+def evaluate(
+    agent: Agent, episodes: int = 10, seed: int = 0, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Play whole episodes with the most likely action of each step, all side by side.
 
+    Args:
+        agent: the player.
+        episodes: how many.
+        seed: of environments and of the posterior.
+        options: of the environment, laid over those it was trained with, as `{"gap": 2}`; spaces must stay the same.
+
     Returns:
-        `mean`, `std` (of the population), `returns` and `lengths` (agent steps) of the episodes.
+        `mean`, `std` (of the population), `returns` and `lengths` (agent steps) of the episodes, and `metrics`: by
+        name the mean of what the environment tells at the end of an episode, over the episodes where it does.
     """
     env = agent.config.env
     torch.manual_seed(seed)  # the posterior is sampled, also when the action is not
@@ -65,8 +76,9 @@ def evaluate(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
         seed=seed,
         action_repeat=env.action_repeat,
         time_limit=env.time_limit,
+        options={**env.options, **(options or {})},
     )
-    results: dict[int, tuple[float, int]] = {}
+    results: dict[int, Finished] = {}
     try:
         carry, row = agent.initial(episodes), streams.reset()
         while len(results) < episodes:
@@ -74,17 +86,22 @@ def evaluate(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
             action, carry = agent.act(values, values["is_first"], carry, mode=True)
             streams.send(action.cpu().numpy())
             row = streams.receive()
-            for index, episode_return, length in streams.finished:
-                results.setdefault(index, (episode_return, length))
+            for episode in streams.finished:
+                results.setdefault(episode.index, episode)
     finally:
         streams.close()
-    returns = [results[index][0] for index in range(episodes)]
-    lengths = [results[index][1] for index in range(episodes)]
+    ended = [results[index] for index in range(episodes)]
+    returns = [episode.episode_return for episode in ended]
+    told = sorted({name for episode in ended for name in episode.metrics})
     return {
         "mean": float(np.mean(returns)),
         "std": float(np.std(returns)),
         "returns": returns,
-        "lengths": lengths,
+        "lengths": [episode.length for episode in ended],
+        "metrics": {
+            name: float(np.mean([episode.metrics[name] for episode in ended if name in episode.metrics]))
+            for name in told
+        },
     }
 
 
@@ -101,7 +118,13 @@ def record(agent: Agent, file: Path, seed: int = 0) -> float:
     except ImportError:
         raise UserError("--video needs imageio: pip install 'imageio[ffmpeg]'") from None
     settings = agent.config.env
-    env = envs.make(settings.name, action_repeat=settings.action_repeat, time_limit=settings.time_limit, render=True)
+    env = envs.make(
+        settings.name,
+        action_repeat=settings.action_repeat,
+        time_limit=settings.time_limit,
+        render=True,
+        options=settings.options,
+    )
     torch.manual_seed(seed)
     carry, total, over, first = agent.initial(1), 0.0, False, True
     observation, _ = env.reset(seed=seed)

@@ -42,6 +42,7 @@ class Env:
     parallel: bool
     action_repeat: PositiveInt
     time_limit: PositiveInt | None
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True, config=STRICT)

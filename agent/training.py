@@ -117,7 +117,7 @@ class Run:
         seed = int(np.random.SeedSequence([self.config.seed, self.rows]).generate_state(1)[0] // 2)
         self.streams = Streams(
             env.name, env.amount, parallel=env.parallel, seed=seed,
-            action_repeat=env.action_repeat, time_limit=env.time_limit,
+            action_repeat=env.action_repeat, time_limit=env.time_limit, options=env.options,
         )  # fmt: skip
         try:
             self.agent = Agent(self.streams.observation_space, self.streams.action_space, self.config, self.device)
@@ -200,15 +200,16 @@ class Run:
 
     def _report_episodes(self) -> None:
         assert self.streams is not None
-        for _, episode_return, length in self.streams.finished:
+        for episode in self.streams.finished:
             self.episodes += 1
             numbers = {
-                "episode/return": episode_return,
-                "episode/length": length,
+                "episode/return": episode.episode_return,
+                "episode/length": episode.length,
                 "episode/count": self.episodes,
+                **{f"episode/{name}": value for name, value in episode.metrics.items()},
             }
             self.logger.write(self.frames, numbers)
-            self.line.update(self.frames, self.agent.updates, episode_return)
+            self.line.update(self.frames, self.agent.updates, episode.episode_return)
 
     def _finish(self) -> None:
         self.save()

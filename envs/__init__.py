@@ -1,33 +1,47 @@
 """Environments behind one interface: `make` builds any of them by name."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import gymnasium
+from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import TimeLimit
 
-from envs import dmc, gym
+from envs import dmc, gym, minigrid, popgym, probe
 from envs.errors import EnvError, EnvironmentFailure
 from envs.wrappers import ActionRepeat, DictObservation, UnitAction
 
-__all__ = ["EnvError", "EnvironmentFailure", "make"]
+__all__ = ["EnvError", "EnvironmentFailure", "make", "make_vector"]
 
-ADAPTERS = {"dmc": dmc, "gym": gym}
+ADAPTERS = {"dmc": dmc, "gym": gym, "probe": probe, "popgym": popgym, "minigrid": minigrid}
 
 
-def make(name: str, *, action_repeat: int = 1, time_limit: int | None = None, render: bool = False) -> gymnasium.Env:
+def make(
+    name: str,
+    *,
+    action_repeat: int = 1,
+    time_limit: int | None = None,
+    render: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> gymnasium.Env:
     """Build the environment `name`, with the spaces that the agent understands.
 
     Args:
         name: `dmc_<domain>_<task>` for dm_control, `gym_<Id>` for any id of gymnasium
-            (`gym_<module>:<Id>` imports a module first, which may register the id).
+            (`gym_<module>:<Id>` imports a module first, which may register the id), `probe_<task>_<level>` for a
+            probe of memory, `popgym_<Name>` and `minigrid_<Name>` for those suites.
         action_repeat: how many steps of the environment one action lasts; their rewards are summed.
         time_limit: agent steps (after the repeat) until an episode is truncated; None: the environment's own.
         render: whether `render()` returns uint8 images (H, W, 3).
+        options: the environment's own, as `{"gap": 2}` of a probe; which there are is the environment's matter.
 
     Returns:
         An environment whose observation space is a Dict of 1-D float32 Box, Discrete and 1-D MultiDiscrete,
-        and whose action space is a float32 Box(-1, 1) of shape (A,), a Discrete or a 1-D MultiDiscrete.
+        and whose action space is a float32 Box(-1, 1) of shape (A,), a Discrete or a 1-D MultiDiscrete. In the last
+        step of an episode, `info["episode_metrics"]` may hold numbers by name, which a run logs as episode/<name>.
 
     Raises:
-        EnvError: unknown name, missing package, unsupported space, or a number out of range.
+        EnvError: unknown name, missing package, unsupported space, a number out of range, or an option refused.
     """
     for key, value in (("action_repeat", action_repeat), ("time_limit", time_limit)):
         if value is not None and value < 1:
@@ -35,10 +49,10 @@ def make(name: str, *, action_repeat: int = 1, time_limit: int | None = None, re
     suite, _, task = name.partition("_")
     if suite not in ADAPTERS or not task:
         raise EnvError(
-            f"unknown environment {name!r}: names are dmc_<domain>_<task> or gym_<Id>,"
-            " as in dmc_walker_walk or gym_CartPole-v1"
+            f"unknown environment {name!r}: names are dmc_<domain>_<task>, gym_<Id>, probe_<task>_<level>,"
+            " popgym_<Name> or minigrid_<Name>, as in dmc_walker_walk or gym_CartPole-v1"
         )
-    env = ADAPTERS[suite].make(task, own_time_limit=time_limit is None, render=render)
+    env = ADAPTERS[suite].make(task, own_time_limit=time_limit is None, render=render, options=options or {})
     try:
         env = UnitAction(DictObservation(env))
     except EnvError as error:
@@ -47,3 +61,19 @@ def make(name: str, *, action_repeat: int = 1, time_limit: int | None = None, re
     if action_repeat > 1:
         env = ActionRepeat(env, action_repeat)
     return TimeLimit(env, time_limit) if time_limit is not None else env
+
+
+def make_vector(name: str, amount: int, *, options: Mapping[str, Any] | None = None) -> VectorEnv | None:
+    """Build `amount` environments `name` that are stepped all at once, if there is such a form of them.
+
+    Observations and actions are those of `make`, in arrays (amount, ...); the next episode begins at the step after
+    the last one of an episode, as gymnasium's `AutoresetMode.NEXT_STEP` says.
+
+    Returns:
+        None where `make` is the only way.
+
+    Raises:
+        EnvError: as `make`, for an environment that has this form.
+    """
+    suite, _, task = name.partition("_")
+    return probe.make_vector(task, amount, options or {}) if suite == "probe" else None

@@ -1,6 +1,7 @@
 """Tasks of the dm_control suite as gymnasium environments, with state observations."""
 
 import os
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -13,12 +14,14 @@ from envs.errors import EnvError, nearest, one_line
 IMAGE_SIZE = 256  # height and width of a rendered frame, pixels
 
 
-def make(task: str, *, own_time_limit: bool, render: bool) -> gymnasium.Env:
+def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str, Any]) -> gymnasium.Env:
     """Build `<domain>_<task>` of the suite; without its own time limit an episode may last forever.
 
     Raises:
-        EnvError: dm_control is missing or broken, the task is unknown, or rendering is not possible.
+        EnvError: dm_control is missing or broken, the task is unknown, rendering is not possible, or there are options.
     """
+    if options:
+        raise EnvError(f"environment 'dmc_{task}' has no options, and {', '.join(options)} was given")
     suite = load_suite(render)
     known = {f"{domain}_{name}": (domain, name) for domain, name in suite.ALL_TASKS}
     if task not in known:
@@ -75,6 +78,11 @@ class Suite(gymnasium.Env):
                 for key, spec in self._env.observation_spec().items()
             }
         )
+
+    @property
+    def task(self) -> Any:
+        """The suite's own task, which gives the rewards."""
+        return self._env.task
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -1,17 +1,22 @@
 """Any environment that gymnasium can make by its id."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import gymnasium
 
 from envs.errors import EnvError, nearest, one_line
 
 
-def make(task: str, *, own_time_limit: bool, render: bool) -> gymnasium.Env:
+def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str, Any]) -> gymnasium.Env:
     """Build the gymnasium id `task`, or `module:id`; without its own time limit an episode may last forever.
 
+    The options are arguments of the environment.
+
     Raises:
-        EnvError: unknown id, missing package or module, or an environment that does not render images.
+        EnvError: unknown id, missing package or module, an environment that does not render images, or an option
+            that it refuses.
     """
     if render:
         os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo tasks on a machine without a display
@@ -21,7 +26,12 @@ def make(task: str, *, own_time_limit: bool, render: bool) -> gymnasium.Env:
             max_episode_steps=None if own_time_limit else -1,
             disable_env_checker=True,  # check_env explains more
             **({"render_mode": "rgb_array"} if render else {}),  # many environments know no such argument
+            **options,
         )
+    except TypeError as error:
+        if not options:
+            raise
+        raise EnvError(f"environment 'gym_{task}' refuses the options {dict(options)}: {one_line(error)}") from None
     except gymnasium.error.UnregisteredEnv:
         hint = nearest(task, gymnasium.registry, "gym_") or "; name its module too, as in gym_<module>:<Id>"
         raise EnvError(f"unknown environment 'gym_{task}'{hint}") from None

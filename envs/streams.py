@@ -1,6 +1,7 @@
 """Many environments as endless streams of rows, stepped in processes of their own or in this one."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import multiprocessing
@@ -8,13 +9,13 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import wait
 from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 import envs
 from envs.errors import EnvError, EnvironmentFailure
@@ -24,6 +25,16 @@ logger = logging.getLogger(__name__)
 FAREWELL = 5.0  # seconds that a step under way may take when the streams are closed
 
 Row = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """An episode that has ended."""
+
+    index: int  # of its environment
+    episode_return: float
+    length: int  # agent steps
+    metrics: dict[str, float]  # what the environment itself told, in `info["episode_metrics"]` of the last step
 
 
 class Streams:
@@ -40,7 +51,7 @@ class Streams:
     Attributes:
         observation_space, action_space: of a single environment, as `envs.make` gives them.
         amount: N.
-        finished: (index, return, length in agent steps) of every episode that ended in the newest row.
+        finished: every episode that ended in the newest row.
     """
 
     def __init__(
@@ -52,8 +63,9 @@ class Streams:
         seed: int,
         action_repeat: int = 1,
         time_limit: int | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Make `amount` environments `name`, each in a process of its own if `parallel`.
+        """Make `amount` environments `name`, each in a process of its own if `parallel`; else all at once if they can.
 
         Raises:
             EnvError: the environment cannot be made (see `envs.make`), or `amount` is below 1.
@@ -62,11 +74,15 @@ class Streams:
         if amount < 1:
             raise EnvError(f"the number of environments is {amount}; give 1 or more")
         makers = [
-            functools.partial(make_reported, name, index, action_repeat=action_repeat, time_limit=time_limit)
+            functools.partial(
+                make_reported, name, index, action_repeat=action_repeat, time_limit=time_limit, options=options
+            )
             for index in range(amount)
         ]
+        alone = not parallel and action_repeat == 1 and time_limit is None
+        vector = envs.make_vector(name, amount, options=options) if alone else None
         self.amount = amount
-        self.finished: list[tuple[int, float, int]] = []
+        self.finished: list[Finished] = []
         self._name = name
         self._seed = seed
         self._pending = False
@@ -75,7 +91,9 @@ class Streams:
         self._last = np.zeros(amount, bool)
         self._returns = np.zeros(amount)
         self._lengths = np.zeros(amount, int)
-        self._envs = make_parallel(name, makers) if parallel else make_serial(makers)
+        if vector is None:
+            vector = make_parallel(name, makers) if parallel else make_serial(makers)
+        self._envs: VectorEnv = vector
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
 
@@ -85,7 +103,7 @@ class Streams:
             observation, _ = self._envs.reset(seed=self._seed)
         nothing = np.zeros(self.amount, bool)
         self._last = ~nothing  # what follows a last row is a first row
-        return self._row(observation, np.zeros(self.amount), nothing, nothing)
+        return self._row(observation, np.zeros(self.amount), nothing, nothing, {})
 
     def send(self, actions: np.ndarray) -> None:
         """Start one step; actions are (N, A) float32, (N,) int64 or (N, k) int64 as the space demands."""
@@ -106,14 +124,14 @@ class Streams:
         self._pending = False
         with self._reporting():
             if isinstance(self._envs, AsyncVectorEnv):
-                observation, reward, terminated, truncated, _ = self._envs.step_wait()
+                observation, reward, terminated, truncated, infos = self._envs.step_wait()
             else:
-                observation, reward, terminated, truncated, _ = self._envs.step(self._actions)
-        return self._row(observation, reward, terminated, truncated)
+                observation, reward, terminated, truncated, infos = self._envs.step(self._actions)
+        return self._row(observation, reward, terminated, truncated, infos)
 
     def close(self) -> None:
         """End the environments and their processes; a step under way may finish, a failure ends them."""
-        if isinstance(self._envs, SyncVectorEnv):
+        if not isinstance(self._envs, AsyncVectorEnv):
             self._envs.close()
         elif not self._envs.closed:
             if not self._failed:
@@ -131,13 +149,21 @@ class Streams:
         except Exception:
             logger.debug("the environments could not be closed in order", exc_info=True)
 
-    def _row(self, observation: Row, reward: np.ndarray, terminated: np.ndarray, truncated: np.ndarray) -> Row:
+    def _row(
+        self,
+        observation: Row,
+        reward: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        infos: dict[str, Any],
+    ) -> Row:
         first, last = self._last, terminated | truncated
         self._returns = np.where(first, 0.0, self._returns + reward)
         self._lengths = np.where(first, 0, self._lengths + 1)
         self._last = last
         self.finished = [
-            (int(index), float(self._returns[index]), int(self._lengths[index])) for index in np.flatnonzero(last)
+            Finished(index, float(self._returns[index]), int(self._lengths[index]), metrics_of(infos, index))
+            for index in np.flatnonzero(last).tolist()
         ]
         flags = {"is_first": first, "is_last": last, "is_terminal": terminated}
         return {**observation, "reward": reward.astype(np.float32), **flags}
@@ -165,6 +191,16 @@ class Streams:
                 )
                 return EnvironmentFailure(message, index, self._name)
         return EnvironmentFailure(f"an environment of {self._name} closed its connection", -1, self._name)
+
+
+def metrics_of(infos: dict[str, Any], index: int) -> dict[str, float]:
+    """The `episode_metrics` of environment `index`, from the infos of a vector environment.
+
+    There a number is an array over environments, and an array of the same name after "_" says which of them have it.
+    """
+    metrics = infos.get("episode_metrics", {})
+    told = [name for name in metrics if f"_{name}" in metrics and metrics[f"_{name}"][index]]
+    return {name: float(metrics[name][index]) for name in told}
 
 
 def make_serial(makers: list[functools.partial]) -> SyncVectorEnv:
@@ -195,7 +231,9 @@ def kill(vector: AsyncVectorEnv) -> None:
     vector.closed = True
 
 
-def make_reported(name: str, index: int, *, action_repeat: int, time_limit: int | None) -> gymnasium.Env:
+def make_reported(
+    name: str, index: int, *, action_repeat: int, time_limit: int | None, options: Mapping[str, Any] | None
+) -> gymnasium.Env:
     """Make environment `index`, whose errors carry its name and index; tie a process of its own to ours."""
     if multiprocessing.parent_process() is not None:
         # Ctrl-C and a job manager's signal reach all processes of a group, but the main one decides what follows.
@@ -203,7 +241,7 @@ def make_reported(name: str, index: int, *, action_repeat: int, time_limit: int 
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=die_with_parent, daemon=True).start()
     with reporting(name, index, "make"):
-        env = envs.make(name, action_repeat=action_repeat, time_limit=time_limit)
+        env = envs.make(name, action_repeat=action_repeat, time_limit=time_limit, options=options)
     return Reported(env, name, index)
 
 
@@ -216,7 +254,7 @@ def die_with_parent() -> None:
 
 
 class Reported(gymnasium.Wrapper):
-    """Raises every error of an environment as EnvironmentFailure, and drops infos: nobody reads them."""
+    """Raises every error of an environment as EnvironmentFailure; of infos it keeps the one that is read."""
 
     def __init__(self, env: gymnasium.Env, name: str, index: int) -> None:
         """Report errors of `env` as those of environment `index` made by `name`."""
@@ -233,8 +271,10 @@ class Reported(gymnasium.Wrapper):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Take one step."""
         with reporting(self._name, self._index, "step"):
-            observation, reward, terminated, truncated, _ = self.env.step(action)
-            return observation, float(reward), bool(terminated), bool(truncated), {}
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            metrics = {name: float(value) for name, value in info.get("episode_metrics", {}).items()}
+            kept = {"episode_metrics": metrics} if metrics else {}
+            return observation, float(reward), bool(terminated), bool(truncated), kept
 
 
 @contextlib.contextmanager

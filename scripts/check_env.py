@@ -17,7 +17,13 @@ def main() -> None:
     import envs
     from envs.check import check_env
 
-    env = envs.make(config.env.name, action_repeat=config.env.action_repeat, time_limit=config.env.time_limit)
+    settings = config.env
+    env = envs.make(
+        settings.name,
+        action_repeat=settings.action_repeat,
+        time_limit=settings.time_limit,
+        options=settings.options,
+    )
     print(f"{config.env.name}: observations {env.observation_space}, actions {env.action_space}")
     problems = check_env(env)
     env.close()

@@ -61,8 +61,8 @@ def test_domain_with_underscores_is_found():
         ("gym_CartPol-v1", "did you mean gym_CartPole-v1?"),
         ("gym_CartPole-v77", "did you mean gym_CartPole-v"),
         ("gym_no_such_module_here:Thing-v0", "pip install no_such_module_here"),
-        ("walker", "dmc_<domain>_<task> or gym_<Id>"),
-        ("gym_", "dmc_<domain>_<task> or gym_<Id>"),
+        ("walker", "dmc_<domain>_<task>, gym_<Id>"),
+        ("gym_", "dmc_<domain>_<task>, gym_<Id>"),
     ],
 )
 def test_unknown_name_is_one_line_with_help(name, expected):

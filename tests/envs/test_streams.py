@@ -6,7 +6,7 @@ import pytest
 import test_tiny
 
 from envs.errors import EnvError, EnvironmentFailure
-from envs.streams import Streams
+from envs.streams import Finished, Streams
 
 TINY = f"gym_{test_tiny.__name__}:"  # importing the module registers its ids
 
@@ -46,7 +46,7 @@ def test_finished_gives_return_and_length_of_each_episode():
     for _ in range(8):
         step(streams)
         finished.append(streams.finished)
-    ended = [(0, 6.0, 3), (1, 6.0, 3)]
+    ended = [Finished(0, 6.0, 3, {}), Finished(1, 6.0, 3, {})]
     assert finished == [[], [], ended, [], [], [], ended, []]
 
 
