@@ -68,9 +68,10 @@ class RepeatLag(Task):
         seen: list[int] = []
 
         def act(observation: dict[str, Any]) -> int:
-            if len(seen) >= self._lag and self.backwards:
+            symbol = int(observation["symbol"])
+            if symbol == self.symbols:  # the mark
                 return seen.pop()
-            seen.append(int(observation["symbol"]))
+            seen.append(symbol)
             return seen[-1 - self._lag] if len(seen) > self._lag else 0
 
         return act
