@@ -7,13 +7,13 @@ import gymnasium
 from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import TimeLimit
 
-from envs import dmc, gym, minigrid, popgym, probe
+from envs import dmc, gym, memory_maze, minigrid, popgym, probe
 from envs.errors import EnvError, EnvironmentFailure
 from envs.wrappers import ActionRepeat, DictObservation, UnitAction
 
 __all__ = ["EnvError", "EnvironmentFailure", "make", "make_vector"]
 
-ADAPTERS = {"dmc": dmc, "gym": gym, "probe": probe, "popgym": popgym, "minigrid": minigrid}
+ADAPTERS = {"dmc": dmc, "gym": gym, "probe": probe, "popgym": popgym, "minigrid": minigrid, "memorymaze": memory_maze}
 
 
 def make(
@@ -29,7 +29,7 @@ def make(
     Args:
         name: `dmc_<domain>_<task>` for dm_control, `gym_<Id>` for any id of gymnasium
             (`gym_<module>:<Id>` imports a module first, which may register the id), `probe_<task>_<level>` for a
-            probe of memory, `popgym_<Name>` and `minigrid_<Name>` for those suites.
+            probe of memory, `popgym_<Name>`, `minigrid_<Name>` and `memorymaze_<size>` for those suites.
         action_repeat: how many steps of the environment one action lasts; their rewards are summed.
         time_limit: agent steps (after the repeat) until an episode is truncated; None: the environment's own.
         render: whether `render()` returns uint8 images (H, W, 3).
@@ -50,7 +50,7 @@ def make(
     if suite not in ADAPTERS or not task:
         raise EnvError(
             f"unknown environment {name!r}: names are dmc_<domain>_<task>, gym_<Id>, probe_<task>_<level>,"
-            " popgym_<Name> or minigrid_<Name>, as in dmc_walker_walk or gym_CartPole-v1"
+            " popgym_<Name>, minigrid_<Name> or memorymaze_<size>, as in dmc_walker_walk or gym_CartPole-v1"
         )
     env = ADAPTERS[suite].make(task, own_time_limit=time_limit is None, render=render, options=options or {})
     try:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -66,7 +67,7 @@ class ContinuousRecall(Task):
         """1 / values: any value is as likely as another."""
         return 1 / self.values
 
-    @property
+    @cached_property
     def optimum(self) -> float:
         """The nearest of P orthonormal keys is the right one: integral of phi(z) Phi(z + 1 / blur)^(P - 1) dz."""
         z = np.linspace(-10, 10, 4001)
