@@ -31,7 +31,7 @@ def main() -> None:
     from agent.training import choose_training_device
 
     device = choose_training_device(config)
-    env = envs.make(config.env.name, action_repeat=config.env.action_repeat)
+    env = envs.make(config.env.name, action_repeat=config.env.action_repeat, options=config.env.options)
     agent = Agent(env.observation_space, env.action_space, config, device)
     rows, latents = agent.row_specs()
     streams, window = config.env.amount, config.train.batch_length + 1

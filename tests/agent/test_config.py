@@ -311,6 +311,18 @@ def test_load_wants_every_key(tmp_path):
     assert "more" in one_line_error(lambda: load(path))
 
 
+def test_options_of_an_environment_are_open_and_survive_a_file(tmp_path):
+    asked = ["env.options.gap=2", "env.options={slots: 8}", "env.options.gap=4"]
+    config = resolve("probe_noisy_recall_easy", size="debug", settings=asked)
+    assert config.env.options == {"gap": 4, "slots": 8}
+    assert load(write(tmp_path, dump(config))) == config
+    assert walker().env.options == {}
+    plain = resolve("probe_noisy_recall_easy", size="debug")
+    assert sorted(differences(plain, config))[-2:] == [("env.options.gap", None, 4), ("env.options.slots", None, 8)]
+    assert "env.options: 3 is not allowed" in one_line_error(lambda: walker("env.options=3"))
+    assert "unknown key env.option.gap" in one_line_error(lambda: walker("env.option.gap=3"))
+
+
 def test_differences_name_keys_and_both_values():
     a, b = walker(), walker("rssm.unimix=0.5", "log.every=5", seed=3)
     assert differences(a, a) == []

@@ -28,11 +28,10 @@ def test_probes_are_sound_and_follow_their_seed(name):
     for env in (one, other):
         first, _ = env.reset(seed=3)
         shown.append([first, *(env.step(0)[0] for _ in range(env.unwrapped.task.length))])
-        assert env.reset()[0] is not None
     for a, b in zip(*shown, strict=True):
         assert all(np.array_equal(a[key], b[key]) for key in a)
     again = [one.reset(seed=seed)[0] for seed in range(8)]
-    assert any(not all(np.array_equal(a[key], again[0][key]) for key in a) for a in again[1:]) or "cue" not in again[0]
+    assert any(not np.array_equal(a[key], again[0][key]) for a in again[1:] for key in a)
 
 
 @pytest.mark.parametrize(("signed", "wrong"), [(False, 0.0), (True, -1.0)])
