@@ -24,7 +24,8 @@ def fold(operator: Callable[..., Any], shared: Collection[int] = ()) -> Rule:
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         models = info.batch_size
         if any(in_dims[place] is not None for place in shared):
-            calls = [operator(*(_of(model, *each) for each in zip(arguments, in_dims, strict=True))) for model in range(models)]
+            given = list(zip(arguments, in_dims, strict=True))
+            calls = [operator(*(_of(model, *each) for each in given)) for model in range(models)]
             several = not isinstance(calls[0], Tensor)
             found = tuple(map(torch.stack, zip(*calls, strict=True))) if several else torch.stack(calls)
             return found, _zeros(found)

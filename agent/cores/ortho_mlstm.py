@@ -4,7 +4,6 @@ from typing import Any, ClassVar, cast
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
-
 from torch import Tensor
 
 from agent.cores.core import State, register

@@ -111,7 +111,11 @@ class Experiment:
 
 
 def experiments(
-    cores: Sequence[str], presets: Sequence[str], rates: Sequence[str], settings: Sequence[str], flags: Mapping[str, Any]
+    cores: Sequence[str],
+    presets: Sequence[str],
+    rates: Sequence[str],
+    settings: Sequence[str],
+    flags: Mapping[str, Any],
 ) -> list[Experiment]:
     """Every core at every preset and learning rate.
 
@@ -133,7 +137,8 @@ def experiments(
                 own = [*settings, *([f"training.lr={rate}"] if rate else [])]
                 probe = resolve(spec, preset, own, flags)
                 probe.make_task()
-                name = "-".join(filter(None, [preset, spec.replace(":", "-"), f"lr={rate}" if len(rates) > 1 else ""]))
+                task = preset or f"{probe.task.name}_{probe.task.vocab}_{probe.task.length}"
+                name = "-".join([task, spec.replace(":", "-"), *([f"lr={rate}"] if len(rates) > 1 else [])])
                 found.append(Experiment(name, preset, spec, probe))
     repeated = {each.name for each in found if sum(other.name == each.name for other in found) > 1}
     if repeated:
@@ -175,8 +180,8 @@ def core_for_swap(probe: Probe, name: str) -> Any:
         other = resolve(name, "", [f"size={probe.size}"], {}).core
     except UserError:
         return None
-    shared = {field.name for field in dataclasses.fields(other)} & {field.name for field in dataclasses.fields(probe.core)}
-    return dataclasses.replace(other, **{key: getattr(probe.core, key) for key in shared})
+    own, others = ({field.name for field in dataclasses.fields(config)} for config in (probe.core, other))
+    return dataclasses.replace(other, **{key: getattr(probe.core, key) for key in own & others})
 
 
 def as_values(probe: Probe) -> dict[str, Any]:
@@ -215,7 +220,8 @@ def _core_config(name: str) -> type[Any]:
 
 def _core_layers(name: str, size: str) -> list[tuple[str, Values]]:
     """The core's keys for the agent, its keys for the probe, and those at a size."""
-    agent = {key: value for key, value in read_yaml(CONFIGS / "core" / f"{name}.yaml").items() if key.startswith("core.")}
+    whole = read_yaml(CONFIGS / "core" / f"{name}.yaml")
+    agent = {key: value for key, value in whole.items() if key.startswith("core.")}
     del agent["core.name"]
     path = PROBE / "core" / f"{name}.yaml"
     probe = read_yaml(path)

@@ -28,7 +28,11 @@ class StackedAdamW:
         self.parameters = list(parameters.values())
         self.config = config
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
+            self.parameters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
 
     @torch.no_grad()

@@ -188,7 +188,9 @@ class MultiQueryRecall(RecallTask):
         if not 1 <= self.pairs < self.vocab // 2:
             raise EnvError(f"pairs {self.pairs}: with vocab {self.vocab} there are 1 to {self.vocab // 2 - 1} keys")
         if self.length % 2 or self.length < 4 * self.pairs:
-            raise EnvError(f"length {self.length}: {self.pairs} pairs and queries need an even {4 * self.pairs} or more")
+            raise EnvError(
+                f"length {self.length}: {self.pairs} pairs and queries need an even {4 * self.pairs} or more"
+            )
         if self.power <= 0:
             raise EnvError(f"power {self.power:g}: give a positive number, 0.01 puts most queries early")
 
