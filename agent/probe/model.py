@@ -20,7 +20,7 @@ class SequenceModel(nn.Module):
         self.head = Linear(core.feature_size, vocab)
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, State]:
-        """Tokens (B, T) -> logits (B, T, vocab) in fp32 and the memory after the last step; products are in `dtype`."""
+        """Tokens (B, T) -> logits (B, T, vocab) in at least fp32 and the memory after the last step; products are in `dtype`."""
         x = self.embedding(tokens).to(dtype)
         state = self.core.initial(len(tokens))
         first = torch.zeros_like(tokens, dtype=torch.bool)
@@ -32,7 +32,8 @@ class SequenceModel(nn.Module):
                 h, state = self.core.step(x[:, t], state, first[:, t])
                 outputs.append(h)
             h = torch.stack(outputs, 1)
-        return self.head(h.to(dtype)).float(), state
+        logits = self.head(h.to(dtype))
+        return logits.to(torch.promote_types(dtype, torch.float32)), state
 
 
 def make_model(probe: Probe, vocab: int, seed: int, core: tuple[str, Any] | None = None) -> SequenceModel:

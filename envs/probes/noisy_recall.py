@@ -153,9 +153,9 @@ class NoisyRecall(RecallTask):
         group = group.gather(1, order)
         following = F.pad(torch.where(group[:, 1:] == group[:, :-1], order[:, 1:], slots), (0, 1), value=slots)
         until = following.gather(1, order.argsort(-1))
-        counts = torch.zeros(len(key), slots + 1, keys, device=key.device).flatten(1)
-        counts = counts.scatter_add(1, slot * keys + value, bound.float())
-        counts = counts.scatter_add(1, until * keys + value, -bound.float())
+        counts = torch.zeros(len(key), (slots + 1) * keys, dtype=torch.int32, device=key.device)
+        counts = counts.scatter_add(1, slot * keys + value, bound.int())
+        counts = counts.scatter_add(1, until * keys + value, -bound.int())
         counts = counts.unflatten(1, (slots + 1, keys)).cumsum(1)[:, :-2]  # after each slot but the last
 
         latest = torch.where(pair, slot, 0).cummax(-1).values
