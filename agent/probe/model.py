@@ -20,7 +20,10 @@ class SequenceModel(nn.Module):
         self.head = Linear(core.feature_size, vocab)
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, State]:
-        """Tokens (B, T) -> logits (B, T, vocab) in at least fp32 and the memory after the last step; products are in `dtype`."""
+        """Tokens (B, T) -> logits (B, T, vocab) in at least fp32, and the memory after the last step.
+
+        Matrix products are in `dtype`.
+        """
         x = self.embedding(tokens).to(dtype)
         state = self.core.initial(len(tokens))
         first = torch.zeros_like(tokens, dtype=torch.bool)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,13 +33,16 @@ def run_suite(experiments: Sequence[Experiment], out: Path, alone: int, notify: 
         UserError: the folder holds the same names with other configurations, or cannot be written.
         SystemExit: SIGINT or SIGTERM came, after a checkpoint; the same call goes on from there.
     """
+    # Attention on the CPU runs seed after seed, which costs less than it is worth telling.
+    warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented the batching")
     for each in experiments:
         choose_device(each.probe)
         _check(out / each.name, each)
     if not find_spec("matplotlib"):
         notify("matplotlib is missing, so there will be no figure: pip install matplotlib")
     for each in experiments:
-        _write(out / each.name / "config.json", _configuration(each))
+        if not (out / each.name / "config.json").exists():
+            _write(out / each.name / "config.json", _configuration(each))
     rows: list[Row] = []
     todo = [each for each in experiments if not (out / each.name / "result.json").exists()]
     with _Progress(todo) as progress:
