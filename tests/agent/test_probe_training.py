@@ -128,8 +128,12 @@ def test_other_tasks_train_too(settings: list[str]) -> None:
 
 def test_training_learns() -> None:
     """Of 20 tokens, the ten that may follow at all: keys and values take turns."""
-    trainer = Trainer(probe("mlstm", "task.vocab=21", "task.noise_vocab=1", "task.noise=0.0", "training.steps=120",
-                            "training.lr=2e-2", "training.batch=16", "training.seeds=2", "evaluation.every=10"))  # fmt: skip
+    trainer = Trainer(
+        probe(
+            "mlstm", "task.vocab=21", "task.noise_vocab=1", "task.noise=0.0", "training.steps=120",
+            "training.lr=2e-2", "training.batch=16", "training.seeds=2", "evaluation.every=10",
+        )
+    )  # fmt: skip
     trainer.train(120)
     losses = np.array(trainer.curves["loss"])  # (evaluations, seeds)
     assert (losses[0] > math.log(14)).all()
