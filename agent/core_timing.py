@@ -14,7 +14,13 @@ from agent.cores import RecurrentCore, State, make_core, registered_cores
 from agent.networks import Frozen
 from agent.schema import Config
 
-FORMS: dict[str, dict[str, tuple[str, ...]]] = {}
+FORMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "mesa": {
+        "30 iterations": ("core.iterations=30", "core.ridge=0.1"),
+        "20 iterations": ("core.iterations=20", "core.ridge=0.3"),
+    },
+    "ortho_mlstm": {form: (f"core.form={form}",) for form in ("polynomial", "exact")},
+}
 """For a core that can compute its function in several ways: the name of each, and the settings that choose it."""
 
 PASSES = ("step", "forward", "training")
@@ -106,8 +112,11 @@ def step_by_step(core: RecurrentCore, x: Tensor, state: State, first: Tensor) ->
     return torch.stack(outputs, 1), state
 
 
-def largest_error(core: RecurrentCore, inputs: Inputs) -> float:
-    """How far `sequence`, in the dtype of x, and its gradients are from steps in fp32, relative to their norms."""
+def largest_errors(core: RecurrentCore, inputs: Inputs) -> tuple[float, float]:
+    """How far `sequence`, in the dtype of x, and its gradients are from steps in fp32, relative to their norms.
+
+    And how far steps in that dtype are: 0 in fp32, and in bf16 what no form can be blamed for.
+    """
     weight = torch.randn(*inputs.x.shape[:2], core.feature_size, device=inputs.x.device)
 
     def run(function: Callable[..., tuple[Tensor, State]], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -118,15 +127,22 @@ def largest_error(core: RecurrentCore, inputs: Inputs) -> float:
         gradients = torch.autograd.grad((h * weight).sum(), sources, allow_unused=True, materialize_grads=True)
         return [h.detach(), *(after[key].detach() for key in sorted(after))], list(gradients)
 
-    outputs, gradients = run(core.sequence, inputs.x.dtype)
-    true_outputs, true_gradients = run(lambda *given: step_by_step(core, *given), torch.float32)
+    def steps(*given: Any) -> tuple[Tensor, State]:
+        return step_by_step(core, *given)
+
+    true_outputs, true_gradients = run(steps, torch.float32)
     largest_gradient = max(gradient.norm().item() for gradient in true_gradients)
-    errors = [_relative_error(ours, true, 0.0) for ours, true in zip(outputs, true_outputs, strict=True)]
-    errors += [
-        _relative_error(ours, true, NEGLIGIBLE * largest_gradient)
-        for ours, true in zip(gradients, true_gradients, strict=True)
-    ]
-    return torch.tensor(errors).max().item()  # NaN where one is NaN
+
+    def error(function: Callable[..., tuple[Tensor, State]]) -> float:
+        outputs, gradients = run(function, inputs.x.dtype)
+        errors = [_relative_error(ours, true, 0.0) for ours, true in zip(outputs, true_outputs, strict=True)]
+        errors += [
+            _relative_error(ours, true, NEGLIGIBLE * largest_gradient)
+            for ours, true in zip(gradients, true_gradients, strict=True)
+        ]
+        return torch.tensor(errors).max().item()  # NaN where one is NaN
+
+    return error(core.sequence), 0.0 if inputs.x.dtype == torch.float32 else error(steps)
 
 
 def _relative_error(ours: Tensor, true: Tensor, least: float) -> float:
@@ -218,12 +234,13 @@ def passes_at(length: int, lengths: Sequence[int], passes: Sequence[str]) -> lis
 def _checked(core: RecurrentCore, size: int, batch: int, length: int, dtype: torch.dtype) -> tuple[Inputs | None, Row]:
     try:
         inputs = make_inputs(core, size, batch, length, dtype)
-        error = largest_error(core, inputs)
+        error, unavoidable = largest_errors(core, inputs)
     except torch.OutOfMemoryError:
         return None, {"refused": "out of memory"}
-    if error <= TOLERANCE[dtype]:  # NaN is not
+    allowed = max(TOLERANCE[dtype], 2 * unavoidable)
+    if error <= allowed:  # NaN is not
         return inputs, {"error": error}
-    return None, {"error": error, "refused": f"wrong: off by {error:.1g}, allowed is {TOLERANCE[dtype]:g}"}
+    return None, {"error": error, "refused": f"wrong: off by {error:.1g}, allowed is {allowed:.1g}"}
 
 
 def _timed(

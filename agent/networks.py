@@ -42,6 +42,13 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+def block_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Input x (N, in), weight (g, in / g, out / g), bias (out,) -> (N, out): block b of x times weight b, plus bias."""
+    grouped = x.unflatten(-1, (weight.shape[0], -1)).transpose(0, 1)  # (g, N, in / g)
+    bias = bias.to(x.dtype).view(weight.shape[0], 1, -1)
+    return torch.baddbmm(bias, grouped, weight.to(x.dtype)).transpose(0, 1).flatten(-2)
+
+
 class BlockLinear(nn.Module):
     """A block-diagonal linear map, (N, in) -> (N, out): block b of the input alone makes block b of the output.
 
@@ -51,16 +58,13 @@ class BlockLinear(nn.Module):
 
     def __init__(self, in_size: int, out_size: int, blocks: int, *, fan_in: int | None = None):
         super().__init__()
-        self.blocks = blocks
         self.weight = nn.Parameter(torch.empty(blocks, in_size // blocks, out_size // blocks))
         self.bias = nn.Parameter(torch.zeros(out_size))
         # The reference initialises with the full input width, not with the width that one block sees.
         initialize_(self.weight, fan_in or in_size)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        grouped = x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)  # (g, N, in / g)
-        bias = self.bias.to(x.dtype).view(self.blocks, 1, -1)
-        return torch.baddbmm(bias, grouped, self.weight.to(x.dtype)).transpose(0, 1).flatten(-2)
+        return block_linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

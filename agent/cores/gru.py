@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import ConfigDict, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 
 from agent.cores.core import RecurrentCore, State, clear, register, take
 from agent.cores.scan import scan
-from agent.networks import BlockLinear, Layer, Linear, RMSNorm
+from agent.networks import BlockLinear, Layer, RMSNorm, block_linear, initialize_
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -31,6 +31,34 @@ class BlockGRUConfig:
         return self
 
 
+class Mix(nn.Module):
+    """Each block of h with what all blocks share: h (N, F), s (N, S) -> (N, F), block b of it W_b [h_b, s] + bias_b.
+
+    s is the same for all blocks, so this is computed as a block product of h plus one dense product of s: the same
+    numbers without g copies of s.
+
+    Both operands lie in one tensor, since the optimizer clips gradients by the norm of a tensor and the reference has
+    one for all of W: with two, each would be clipped by its own norm, and training would take another path.
+    """
+
+    def __init__(self, size: int, shared: int, blocks: int):
+        super().__init__()
+        self.blocks, self.width = blocks, size // blocks
+        # The first F / g rows hold the blocks (g, F / g, F / g), the other S rows the dense part (F, S), each as it is
+        # multiplied, so that a view is all it takes.
+        self.weight = nn.Parameter(torch.empty(self.width + shared, size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        initialize_(self.weight, fan_in=size + blocks * shared)
+
+    def forward(self, h: Tensor, s: Tensor) -> Tensor:  # noqa: D102
+        # `split` and not two slices: its gradient is one concatenation, theirs are two padded tensors and their sum.
+        own, dense = self.weight.to(h.dtype).split([self.width, s.shape[-1]])
+        # As (F, S) and not as (S, F): for F = 2048 on a CPU, s @ dense takes 0.1 ms less forward at 16 rows, and 0.3 ms
+        # more for the gradient of s, which is wanted at each step back in time. At 1024 rows there is no difference.
+        dense = dense.view(-1, s.shape[-1])
+        return block_linear(h, own.view(self.blocks, self.width, -1), self.bias) + F.linear(s, dense)
+
+
 @register("gru")
 class BlockGRU(RecurrentCore):
     """h' = u * tanh(r * c) + (1 - u) * h, gates from a block-diagonal layer over [h, W h, x].
@@ -40,9 +68,6 @@ class BlockGRU(RecurrentCore):
         p       = SiLU(RMS(W_p h))
         m_b     = SiLU(RMS(W_b [h_b, p, x]))
         r, c, u = per block a third of W'_b m_b;   r = sigmoid(r), u = sigmoid(u - 1)
-
-    p and x are the same for all blocks, so W_b [h_b, p, x] is computed as a block product of h plus one dense product
-    of [p, x]: the same numbers without g copies of p and x.
     """
 
     Config = BlockGRUConfig
@@ -54,10 +79,7 @@ class BlockGRU(RecurrentCore):
         self.feature_size = deter
         self.blocks = blocks
         self.past = Layer(deter, hidden)
-        shared = hidden + input_size
-        fan_in = deter + blocks * shared
-        self.mix_blocks = BlockLinear(deter, deter, blocks, fan_in=fan_in)
-        self.mix_shared = Linear(shared, deter, bias=False, fan_in=fan_in)
+        self.mix = Mix(deter, hidden + input_size, blocks)
         self.norm = RMSNorm(deter)
         self.gates = BlockLinear(deter, 3 * deter, blocks)
 
@@ -69,7 +91,7 @@ class BlockGRU(RecurrentCore):
         """Input x (B, X), state `deter` (B, F), first (B,) -> h (B, F) and the new state, in which `deter` is h."""
         deter = clear(state, first)["deter"]
         h = deter.to(x.dtype)
-        mixed = self.mix_blocks(h) + self.mix_shared(torch.cat([self.past(h), x], -1))
+        mixed = self.mix(h, torch.cat([self.past(h), x], -1))
         gates = self.gates(F.silu(self.norm(mixed))).to(deter.dtype)  # (B, 3 F)
         reset, candidate, update = (part.flatten(-2) for part in gates.unflatten(-1, (self.blocks, 3, -1)).unbind(-2))
         update = torch.sigmoid(update - 1)

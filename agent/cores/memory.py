@@ -167,11 +167,11 @@ def split(
     k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory, chunk: int
 ) -> Chunks:
     """Weights inside each chunk and the memory at its start, from the arguments of a form."""
-    k, v = (_chunked(x, chunk, 0.0) for x in (k, v))  # (B, H, N, L, .)
-    log_input = _chunked(log_input, chunk, EMPTY)  # (B, H, N, L)
+    k, v = (chunked(x, chunk, 0.0) for x in (k, v))  # (B, H, N, L, .)
+    log_input = chunked(log_input, chunk, EMPTY)  # (B, H, N, L)
     # A reset is a mask and no decay, which would drown all other terms of the sum.
-    log_decay = _chunked(log_forget.masked_fill(first[:, None], 0.0), chunk, 0.0).cumsum(-1)
-    episode = _chunked(first[:, None], chunk, False).cumsum(-1)  # (B, 1, N, L): resets since the chunk's start
+    log_decay = chunked(log_forget.masked_fill(first[:, None], 0.0), chunk, 0.0).cumsum(-1)
+    episode = chunked(first[:, None], chunk, False).cumsum(-1)  # (B, 1, N, L): resets since the chunk's start
     same = (episode[..., :, None] == episode[..., None, :]).tril()
 
     log_carry = torch.where(episode == 0, log_decay, EMPTY)
@@ -182,7 +182,7 @@ def split(
     return Chunks(k, v, (log_weight - m[..., None]).exp(), carry, m, start, end)
 
 
-def _chunked(x: Tensor, chunk: int, padding: float) -> Tensor:
+def chunked(x: Tensor, chunk: int, padding: float) -> Tensor:
     """(B, H, T) or (B, H, T, d) -> (B, H, N, L) or (B, H, N, L, d), padded at the end."""
     missing = -x.shape[2] % chunk
     return F.pad(x, (*[0, 0] * (x.dim() - 3), 0, missing), value=padding).unflatten(2, (-1, chunk))
@@ -215,7 +215,7 @@ def plain_read_sequence(
     """`plain_read` after every step."""
     chunks = split(k, v, log_input, log_forget, first, memory, chunk)
     wide, steps = log_input.dtype, q.shape[2]
-    q = _chunked(q, chunk, 0.0)
+    q = chunked(q, chunk, 0.0)
     scores = (q @ chunks.k.mT).to(wide) * chunks.weight  # (B, H, N, L, L)
     inside = (scores.to(q.dtype) @ chunks.v).to(wide)
     before = (q @ chunks.start.C.to(q.dtype)).to(wide)
@@ -242,7 +242,7 @@ def polynomial_read_sequence(
         return ((scores.to(dtype) @ right).to(wide) + carry * (x @ start).to(wide)).to(dtype)
 
     y = _polynomial(
-        _chunked(q, chunk, 0.0),
+        chunked(q, chunk, 0.0),
         coefficients.to(wide),
         lambda x: product(x, chunks.k, chunks.v, C),
         lambda x: product(x, chunks.v, chunks.k, C.mT),

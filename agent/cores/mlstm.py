@@ -146,7 +146,7 @@ class MLSTM(RecurrentCore):
     def initial(self, batch: int) -> State:
         """Empty memories, and histories of zeros."""
         config, device = self.config, self.norm.scale.device
-        memory = empty(batch, config.heads, config.head_dim, config.head_dim, device)
+        memory = empty(batch, config.heads, config.head_dim, self.reader.written_size(config.head_dim), device)
         history = torch.zeros(batch, config.conv - 1, config.heads * config.head_dim, device=device)
         state: State = {}
         for index in range(config.blocks):
@@ -160,6 +160,7 @@ class MLSTM(RecurrentCore):
             q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
         ) -> tuple[Tensor, Memory]:
             q, k, v, log_input, log_forget = (part.squeeze(2) for part in (q, k, v, log_input, log_forget))
+            v = self.reader.written(k, v)
             y, memory = self.reader.step(q, k, v, log_input, log_forget, first.squeeze(1), memory)
             return y.unsqueeze(2), memory
 
@@ -176,7 +177,7 @@ class MLSTM(RecurrentCore):
         ) -> tuple[Tensor, Memory]:
             # What a reset hides from later steps is multiplied by 0 here, which a NaN would survive.
             k, v, log_input, log_forget = (finite(part) for part in (k, v, log_input, log_forget))
-            memory = Memory(*(finite(part) for part in memory))
+            memory, v = Memory(*(finite(part) for part in memory)), self.reader.written(k, v)
             y, last = self.reader.sequence(q, k, v, log_input, log_forget, first, memory)
             if keep is None:
                 return y, last
@@ -203,8 +204,9 @@ class MLSTM(RecurrentCore):
         numbers = {}
         for index, block in enumerate(self.blocks):
             memory, _ = _unpack(index, state)
-            square = memory.C.square().sum((-2, -1)).clamp(min=torch.finfo(memory.C.dtype).tiny)
-            A = memory.C * square.rsqrt()[..., None, None]
+            C = memory.C[..., : self.config.head_dim]  # without what else a read has written
+            square = C.square().sum((-2, -1)).clamp(min=torch.finfo(C.dtype).tiny)
+            A = C * square.rsqrt()[..., None, None]
             gates = block.get_buffer("gate_means").clone()
             numbers[f"log_input_gate_{index}"], numbers[f"forget_gate_{index}"] = gates.unbind()
             numbers[f"log_norm_{index}"] = (square.log() / 2 + memory.m).mean()

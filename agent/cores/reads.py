@@ -1,4 +1,4 @@
-"""How a matrix memory is read: plainly, or through its orthogonalised matrix, or by a mix of both that changes in time.
+"""How a matrix memory is read: plainly, through its orthogonalised matrix or a mix of both, or by least squares.
 
 A Read has the same meaning for one step and for a sequence. This is the one place where the functions that compute
 it are chosen.
@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, PositiveInt, model_validator
+import torch.nn.functional as F
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from agent.cores import kernels
+from agent.cores.least_squares import least_squares_read, least_squares_read_sequence, with_keys
 from agent.cores.maps import chebyshev_fit, make_map, on_matrices
 from agent.cores.memory import (
     Memory,
@@ -21,7 +24,6 @@ from agent.cores.memory import (
     plain_read,
     plain_read_sequence,
     polynomial_read,
-    polynomial_read_sequence,
     write,
 )
 
@@ -30,6 +32,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 class Read(nn.Module, ABC):
     """Shapes are those of `agent.cores.memory`."""
+
+    def written_size(self, value: int) -> int:
+        """Width of what `written` makes of values of width `value`."""
+        return value
+
+    def written(self, k: Tensor, v: Tensor) -> Tensor:
+        """What takes the place of v (..., V) wherever k (..., K) is written: `written_size(V)` wide."""
+        return v
 
     @abstractmethod
     def read(self, q: Tensor, memory: Memory) -> Tensor:
@@ -58,6 +68,11 @@ class PlainRead(Read):
 
     def read(self, q: Tensor, memory: Memory) -> Tensor:  # noqa: D102
         return plain_read(q, memory)
+
+    def step(  # noqa: D102
+        self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        return kernels.step(q, k, v, log_input, log_forget, first, memory)
 
     def sequence(  # noqa: D102
         self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
@@ -152,6 +167,15 @@ class OrthoRead(Read):
             return matrix_read(q, memory, self._mixed)
         return polynomial_read(q, memory, self.coefficients)
 
+    def step(  # noqa: D102
+        self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        if self.plain:
+            return kernels.step(q, k, v, log_input, log_forget, first, memory)
+        if self.fit is None:
+            return super().step(q, k, v, log_input, log_forget, first, memory)
+        return kernels.step(q, k, v, log_input, log_forget, first, memory, self.coefficients)
+
     def sequence(  # noqa: D102
         self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
     ) -> tuple[Tensor, Memory]:
@@ -159,7 +183,7 @@ class OrthoRead(Read):
             return plain_read_sequence(q, k, v, log_input, log_forget, first, memory)
         if self.fit is None:
             return matrix_read_sequence(q, k, v, log_input, log_forget, first, memory, self._mixed)
-        return polynomial_read_sequence(q, k, v, log_input, log_forget, first, memory, self.coefficients)
+        return kernels.polynomial_read_sequence(q, k, v, log_input, log_forget, first, memory, self.coefficients)
 
 
 def _take_over_loaded(read: OrthoRead, _: Any) -> None:
@@ -167,3 +191,59 @@ def _take_over_loaded(read: OrthoRead, _: Any) -> None:
     released = int(read.released)
     read._released = None if released < 0 else released
     read._set(float(read.alpha))
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+class LeastSquaresReadConfig:
+    """Keys of `configs/core/mesa.yaml` that say how the memory is read."""
+
+    iterations: PositiveInt
+    ridge: PositiveFloat
+    ridge_learned: bool
+    ridge_floor: NonNegativeFloat
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LeastSquaresReadConfig":
+        if self.ridge <= self.ridge_floor:
+            raise ValueError(f"ridge ({self.ridge:g}) must be above ridge_floor ({self.ridge_floor:g})")
+        return self
+
+
+class LeastSquaresRead(Read):
+    """Answer with what ridge regression of the written values on their keys says of q.
+
+    The memory (B, H, K, V + K) is C with the Gram matrix of its keys beside it. A learned ridge is one number for each
+    head, shared by all memories that are read: ridge_floor + softplus(free_ridge).
+    """
+
+    ridge: Tensor
+
+    def __init__(self, heads: int, config: LeastSquaresReadConfig):
+        super().__init__()
+        self.config = config
+        ridge = torch.full((heads,), config.ridge)
+        if config.ridge_learned:
+            self.free_ridge = nn.Parameter((ridge - config.ridge_floor).expm1().log())
+        else:
+            self.register_buffer("ridge", ridge, persistent=False)
+
+    def ridges(self) -> Tensor:
+        """The ridge of each head, (H,)."""
+        config = self.config
+        return config.ridge_floor + F.softplus(self.free_ridge) if config.ridge_learned else self.ridge
+
+    def written_size(self, value: int) -> int:
+        """Values as wide as keys, and the keys."""
+        return 2 * value
+
+    def written(self, k: Tensor, v: Tensor) -> Tensor:  # noqa: D102
+        return with_keys(k, v)
+
+    def read(self, q: Tensor, memory: Memory) -> Tensor:  # noqa: D102
+        return least_squares_read(q, memory, self.ridges(), self.config.iterations)
+
+    def sequence(  # noqa: D102
+        self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        given = (q, k, v, log_input, log_forget, first, memory)
+        return least_squares_read_sequence(*given, self.ridges(), self.config.iterations)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agent import config as configuration
 from agent.cores import RecurrentCore, State
-from agent.cores.core import CORES, clear
+from agent.cores.core import CORES, clear, take
 from agent.networks import Linear
 from agent.schema import Config
 
@@ -71,7 +71,7 @@ class OuterProduct(RecurrentCore):
         fades = FADE ** (1 + torch.arange(steps, device=x.device)).to(state["M"].dtype)
         before = fades[:, None, None] * state["M"].unsqueeze(1)  # (B, T, K, V)
         memory = memory + torch.where((life == 0)[..., None, None], before, 0.0)
-        return self.answer(q, memory), {"M": memory[:, -1] if keep is None else memory[:, list(keep)]}
+        return self.answer(q, memory), {"M": memory[:, -1] if keep is None else take(memory, 1, keep)}
 
     def read(self, query: Tensor, state: State) -> Tensor:
         return self.answer(query, state["M"])

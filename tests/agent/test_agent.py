@@ -94,6 +94,7 @@ def test_parameter_count_of_size_1m_on_walker(debug_config: Callable[..., Config
     agent = Agent(observations, box(6, 1.0), debug_config(size="1m"), torch.device("cpu"))
     assert sum(agent.parameter_counts().values()) == 640_867
     assert sum(parameter.numel() for parameter in agent.parameters) == 640_867
+    assert len(agent.parameters) == 85  # in as many tensors, since gradients are clipped tensor by tensor
 
 
 def test_new_agent_predicts_no_reward_and_no_value(make_agent: Make) -> None:

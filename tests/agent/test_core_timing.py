@@ -51,7 +51,7 @@ def test_every_core_is_checked_and_timed(
     }
     for row in result["rows"]:
         assert 0 < row["ms_p10"] <= row["ms"] <= row["ms_p90"]
-        assert row["error"] < 1e-4
+        assert row["error"] < 5e-4
     heading, columns, *lines = capsys.readouterr().out.splitlines()
     assert heading.startswith("cpu x")
     assert len(lines) == len(result["rows"])
@@ -115,7 +115,7 @@ def test_products_in_bf16_have_their_own_tolerance() -> None:
     for case in list_cases(None, ["debug"], "cpu", ["precision=bf16"]):
         for row in measure(case, [2], [16], ["forward"], device=CPU, repeats=1, graph=False):
             assert row["precision"] == "bfloat16"
-            assert 1e-4 < row["error"] < 0.05
+            assert 1e-4 < row["error"] < 0.2
             assert "ms" in row
 
 
@@ -146,4 +146,4 @@ def test_mistakes_are_one_line(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_graph_is_timed(run_script: RunScript, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_script("--size", "debug", "--device", "cuda", "--graph", "--repeats", "3") == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 3 * len(registered_cores())
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 3 * len(list_cases(None, ["debug"], "cuda", []))

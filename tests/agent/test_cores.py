@@ -11,7 +11,8 @@ from torch import Tensor
 from agent.cores import RecurrentCore, State, make_core, registered_cores
 from agent.cores.gru import BlockGRU
 from agent.cores.gru import BlockGRUConfig as GRUConfig
-from agent.schema import Config
+from agent.optimizer import LaProp
+from agent.schema import Config, Optimizer
 
 INPUT, B, T = 6, 3, 7
 BF16_DRIFT = 0.03  # largest share of a stream's outputs, in norm, that 64 steps with products in bf16 may be off
@@ -245,13 +246,14 @@ def reference_gru(core: BlockGRU, h: np.ndarray, x1: np.ndarray, x2: np.ndarray)
     blocks, width = core.blocks, core.feature_size // core.blocks
     past = core.past.linear
     x0 = silu(rms(h @ past.weight.detach().numpy().T + past.bias.detach().numpy(), core.past.norm.scale))
-    shared = core.mix_shared.weight.detach().numpy()  # (D, hidden + X)
+    own_weights, shared = np.split(core.mix.weight.detach().numpy(), [width])
+    own_weights, shared = own_weights.reshape(blocks, width, width), shared.reshape(core.feature_size, -1)
     mixed = []
     for b in range(blocks):
         own = slice(b * width, (b + 1) * width)
         inputs = np.concatenate([h[:, own], x0, x1, x2], -1)
-        weight = np.concatenate([core.mix_blocks.weight[b].detach().numpy(), shared[own].T], 0)
-        mixed.append(inputs @ weight + core.mix_blocks.bias.detach().numpy()[own])
+        weight = np.concatenate([own_weights[b], shared[own].T], 0)
+        mixed.append(inputs @ weight + core.mix.bias.detach().numpy()[own])
     hidden = silu(rms(np.concatenate(mixed, -1), core.norm.scale))
     result = np.empty_like(h)
     for b in range(blocks):
@@ -278,12 +280,37 @@ def test_gru_is_initialised_for_the_full_width_of_all_blocks() -> None:
     mixed = 512 + 8 * (64 + 128)  # [h_b, x0, x1, x2] of all blocks
     for weight, fan_in in (
         (core.past.linear.weight, 512),
-        (core.mix_blocks.weight, mixed),
-        (core.mix_shared.weight, mixed),
+        (core.mix.weight[:64], mixed),  # of h
+        (core.mix.weight[64:], mixed),  # of [x0, x1, x2]
         (core.gates.weight, 512),
     ):
         assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.02)
     assert torch.equal(core.initial(3)["deter"], torch.zeros(3, 512))
+
+
+def test_gru_mixing_weights_are_clipped_by_their_joint_norm() -> None:
+    """Seen from outside, through the linear map, however the weights are stored."""
+    mix = make_gru().mix
+    h, s = 1e-3 * torch.randn(4, 24).double(), torch.randn(4, 15).double()
+    upstream = 5 * torch.randn(4, 24).double()
+
+    @torch.no_grad()
+    def kernels() -> Tensor:
+        """The whole map (24 + 15, 24): rows of h, of which only the block of its output is not zero, then of s."""
+        return mix(torch.eye(39, 24).double(), torch.eye(39).double()[:, 24:]) - mix.bias
+
+    before = kernels()
+    gradients = torch.autograd.grad((mix(h, s) * upstream).sum(), list(mix.parameters()))
+    # With an eps this large the first update is lr / eps = 1 times the clipped gradient.
+    config = Optimizer(lr=1e6, behavior_lr=None, agc=0.3, beta1=0.9, beta2=0.99, eps=1e6, warmup=0)
+    LaProp(list(mix.parameters()), config).step([gradient.clone() for gradient in gradients])
+
+    in_block = torch.block_diag(*[torch.ones(6, 6).double()] * 4)
+    gradient = torch.cat([(h.T @ upstream) * in_block, s.T @ upstream])
+    limit = 0.3 * before.norm()
+    assert gradient.norm() > 2 * limit
+    assert gradient[:24].norm() < 0.3 * before[:24].norm()  # alone, the weights of h would not be clipped
+    torch.testing.assert_close(kernels() - before, -gradient * limit / gradient.norm(), rtol=1e-4, atol=1e-8)
 
 
 def test_gru_width_must_divide() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agent.cores import RecurrentCore, State, make_core
+from agent.cores.least_squares import TRACE_FLOOR
 from agent.cores.memory import EMPTY
 from agent.cores.mlstm import MLSTM
 from agent.schema import Config
@@ -88,12 +89,12 @@ def reference(core: MLSTM, x: Any, first: Any) -> Any:
     for index in range(config.blocks):
         prefix = f"blocks.{index}."
         w = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-        C, n = np.zeros((heads, d, d)), np.zeros((heads, d))
+        C, G, n, heaviest = np.zeros((heads, d, d)), np.zeros((heads, d, d)), np.zeros((heads, d)), np.zeros(heads)
         past: list[Any] = []
         results = []
         for t in range(len(x)):
             if first[t]:
-                C, n, past = np.zeros_like(C), np.zeros_like(n), []
+                C, G, n, heaviest, past = 0 * C, 0 * G, 0 * n, 0 * heaviest, []
             u, z = np.split(w["up.weight"] @ rms(x[t], w["norm.scale"]), 2)
             past = [*past, u][-config.conv :]
             c = silu(sum(w["conv"][:, -1 - ago] * past[-1 - ago] for ago in range(len(past))) + w["conv_bias"])
@@ -108,11 +109,15 @@ def reference(core: MLSTM, x: Any, first: Any) -> Any:
                 q, k = (part / np.linalg.norm(part, axis=-1, keepdims=True) for part in (q, k))
             k = k / np.sqrt(d)
             C = f[:, None, None] * C + i[:, None, None] * k[:, :, None] * v[:, None, :]
-            n = f[:, None] * n + i[:, None] * k
+            G = f[:, None, None] * G + i[:, None, None] * k[:, :, None] * k[:, None, :]
+            n, heaviest = f[:, None] * n + i[:, None] * k, np.maximum(f * heaviest, i)
             y = np.empty((heads, d))
             for head in range(heads):
                 if hasattr(config, "map"):
                     y[head] = q[head] @ cubic_read(C[head])
+                elif hasattr(config, "ridge"):
+                    strength = config.ridge * (np.trace(G[head]) + TRACE_FLOOR * heaviest[head]) / d
+                    y[head] = np.linalg.solve(G[head] + strength * np.eye(d), q[head] / np.sqrt(d)) @ C[head]
                 else:
                     y[head] = q[head] @ C[head] / max(abs(q[head] @ n[head]), 1)
             y = rms(y, w["head_norm.scale"]).reshape(-1)
@@ -128,6 +133,8 @@ def reference(core: MLSTM, x: Any, first: Any) -> Any:
         ("mlstm", ["unit_norm=true", "input_gate=sigmoid", "conv=3", "blocks=1"]),
         ("ortho_mlstm", ["form=exact"]),
         ("ortho_mlstm", ["degree=41"]),
+        ("mesa", []),
+        ("mesa", ["unit_norm=false", "input_gate=sigmoid", "ridge=0.3"]),
     ],
 )
 def test_core_follows_the_formulas(make: MakeCore, name: str, settings: list[str]) -> None:
@@ -151,11 +158,13 @@ def test_core_follows_the_formulas(make: MakeCore, name: str, settings: list[str
         ["degree=17", "alpha_start=0.5"],
         ["alpha_start=0.0"],
         ["degree=1"],
+        ["ridge=0.3", "iterations=20"],
+        ["ridge_learned=true", "unit_norm=false"],
     ],
     ids=" ".join,
 )
 def test_every_choice_has_equal_step_and_sequence(make: MakeCore, settings: list[str]) -> None:
-    core = make("ortho_mlstm", *settings)
+    core = make("mesa" if "ridge" in settings[0] else "ortho_mlstm", *settings)
     x, first = inputs()
     weight = torch.randn(B, T, core.feature_size, dtype=torch.float64)
     (h, end), (expected, expected_end) = core.sequence(x, start(core), first), loop(core, x, start(core), first)
@@ -243,7 +252,7 @@ def test_constant_schedule_and_plain_core_never_change(make: MakeCore) -> None:
 # ---- the rest ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mlstm", "ortho_mlstm"])
+@pytest.mark.parametrize("name", ["mlstm", "ortho_mlstm", "mesa"])
 @pytest.mark.parametrize("bias", [-50.0, 50.0])
 def test_extreme_gates_give_finite_outputs_and_gradients(make: MakeCore, name: str, bias: float) -> None:
     core = make(name, dtype=torch.float32)

@@ -1,0 +1,67 @@
+"""Triton twins of functions in `agent.cores.memory`, and the one place that chooses between the two.
+
+The kernels run where they can: on CUDA, with triton installed, in fp32 or bf16, for head dimensions in `tuning.DIMS`.
+Everything else is the reference, with the same arguments and results.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from agent.cores import memory as reference
+from agent.cores.kernels.tuning import DIMS
+from agent.cores.memory import Memory
+
+_INSTALLED = find_spec("triton") is not None
+
+
+def available() -> bool:
+    """Whether the kernels can be imported."""
+    return _INSTALLED
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels take q, k (..., K) and v (..., V)."""
+    return (
+        available()
+        and q.is_cuda
+        and q.dtype in (torch.float32, torch.bfloat16)
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[-1] in DIMS
+        and v.shape[-1] in DIMS
+    )
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory,
+    coefficients: Tensor | None = None,
+) -> tuple[Tensor, Memory]:  # fmt: skip
+    """`write`, then `polynomial_read` with coefficients (J,), or `plain_read` without.
+
+    Takes q, k (B, H, K), v (B, H, V), log gates (B, H), first (B,); gives y (B, H, V) and the memory after the step.
+    The kernel has no gradient, so that where one is asked for, the reference runs.
+    """
+    sources = (q, k, v, log_input, log_forget, *memory)
+    if _fits(q, k, v) and not (torch.is_grad_enabled() and any(source.requires_grad for source in sources)):
+        from agent.cores.kernels import one_step as kernel
+
+        return kernel.step(q, k, v, log_input, log_forget, first, memory, coefficients)
+    memory = reference.write(k, v, log_input, log_forget, first, memory)
+    if coefficients is None:
+        return reference.plain_read(q, memory), memory
+    return reference.polynomial_read(q, memory, coefficients), memory
+
+
+def polynomial_read_sequence(
+    q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory,
+    coefficients: Tensor, chunk: int = 64,
+) -> tuple[Tensor, Memory]:  # fmt: skip
+    """`agent.cores.memory.polynomial_read_sequence`; what the kernels' gradient leaves out is said at their own."""
+    if _fits(q, k, v):
+        from agent.cores.kernels import sequence as kernel
+
+        return kernel.polynomial_read_sequence(
+            q, k, v, log_input, log_forget, first, memory, coefficients, chunk
+        )  # fmt: skip
+    return reference.polynomial_read_sequence(q, k, v, log_input, log_forget, first, memory, coefficients, chunk)

@@ -1,0 +1,174 @@
+"""The orthogonalised read over a sequence: forward kernels."""
+
+import triton
+import triton.language as tl
+
+from agent.cores.kernels.chunk import (
+    gram_product,
+    load_gates,
+    load_rows,
+    product,
+    store_rows,
+    tile,
+    weights_at_end,
+    weights_inside,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "steps"])
+def chunk_states(
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    log_input_ptr: tl.tensor,
+    log_forget_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    c_ptr: tl.tensor,
+    n_ptr: tl.tensor,
+    m_ptr: tl.tensor,
+    states_ptr: tl.tensor,
+    stabilisers_ptr: tl.tensor,
+    c_out_ptr: tl.tensor,
+    n_out_ptr: tl.tensor,
+    m_out_ptr: tl.tensor,
+    k_batch: tl.tensor,
+    k_head: tl.tensor,
+    k_step: tl.tensor,
+    v_batch: tl.tensor,
+    v_head: tl.tensor,
+    v_step: tl.tensor,
+    heads: tl.tensor,
+    steps: tl.tensor,
+    chunks: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    L: tl.constexpr,
+    EMPTY: tl.constexpr,
+) -> None:
+    """The memory before each chunk and after the last step. Program (batch row and head, COLUMNS columns of C)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS
+    batch = row // heads
+    head = row % heads
+    keys = tl.arange(0, K)
+    cell = keys[:, None] * V + (column + tl.arange(0, COLUMNS))[None, :]
+    k_ptr += batch * k_batch + head * k_head
+    v_ptr += batch * v_batch + head * v_head
+
+    # A memory that is emptied at once is not read: what it holds may be infinite.
+    kept = tl.load(first_ptr + batch * steps) == 0
+    c = tl.load(c_ptr + row * K * V + cell, mask=(keys[:, None] >= 0) & kept, other=0.0)
+    n = tl.load(n_ptr + row * K + keys, mask=(keys >= 0) & kept, other=0.0)
+    m = tl.where(kept, tl.load(m_ptr + row), EMPTY)
+    for i in range(chunks):
+        start = i * L
+        tl.store(states_ptr + (row * chunks + i) * K * V + cell, c)
+        tl.store(stabilisers_ptr + row * chunks + i, m)
+        log_input, decay, episode, _ = load_gates(
+            log_input_ptr, log_forget_ptr, first_ptr, row, batch, start, steps, L, EMPTY
+        )
+        weight, carry, m = weights_at_end(log_input, decay, episode, m, L, EMPTY)
+        k = load_rows(k_ptr, k_step, start, steps, 0, L, K).to(tl.float32) * weight[:, None]
+        v = load_rows(v_ptr, v_step, start, steps, column, L, COLUMNS).to(tl.float32)
+        c = carry * c + tl.dot(tl.trans(k), v, input_precision="tf32x3")
+        n = carry * n + tl.sum(k, 0)
+    tl.store(c_out_ptr + row * K * V + cell, c)
+    # All programs of a row have the same n and m; one stores them.
+    tl.store(n_out_ptr + row * K + keys, n, mask=(keys >= 0) & (column == 0))
+    tl.store(m_out_ptr + row, m, mask=column == 0)
+
+
+@triton.jit(do_not_specialize=["heads", "steps", "chunks"])
+def read_forward(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    log_input_ptr: tl.tensor,
+    log_forget_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    states_ptr: tl.tensor,
+    stabilisers_ptr: tl.tensor,
+    coefficients_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    basis_k_ptr: tl.tensor,
+    basis_v_ptr: tl.tensor,
+    q_batch: tl.tensor,
+    q_head: tl.tensor,
+    q_step: tl.tensor,
+    k_batch: tl.tensor,
+    k_head: tl.tensor,
+    k_step: tl.tensor,
+    v_batch: tl.tensor,
+    v_head: tl.tensor,
+    v_step: tl.tensor,
+    heads: tl.tensor,
+    steps: tl.tensor,
+    chunks: tl.tensor,
+    COEFFICIENTS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    L: tl.constexpr,
+    EMPTY: tl.constexpr,
+    FLOOR: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """The read of one chunk of one head.
+
+    By Clenshaw's recurrence for p = sum_j c_j T_j(G) q with G = 2 A A' - 1:
+
+        b_j = c_j q + 2 G b_{j+1} - b_{j+2},  p = c_0 q + G b_1 - b_2,  y = A' p.
+
+    With SAVE, what the backward pass needs is kept: 1 / |C_t| in scales, b_0 = p, b_1 .. b_m in basis_k, and A' of
+    these in basis_v.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row = program // chunks
+    start = (program % chunks).to(tl.int32) * L
+    batch = row // heads
+    head = row % heads
+    k = load_rows(k_ptr + batch * k_batch + head * k_head, k_step, start, steps, 0, L, K)
+    v = load_rows(v_ptr + batch * v_batch + head * v_head, v_step, start, steps, 0, L, V)
+    c = tl.load(states_ptr + program * K * V + tile(K, V)).to(k.dtype)
+    log_input, decay, episode, _ = load_gates(
+        log_input_ptr, log_forget_ptr, first_ptr, row, batch, start, steps, L, EMPTY
+    )
+    weight, carry = weights_inside(log_input, decay, episode, tl.load(stabilisers_ptr + program), L, EMPTY)
+
+    scores_k = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    scores_v = tl.dot(v, tl.trans(v), input_precision=PRECISION)
+    across = tl.sum(tl.dot(k, c, input_precision=PRECISION) * v, 1)
+    square = tl.sum(weight * (gram_product(weight, scores_k, scores_v) + 2 * carry[:, None] * across[None, :]), 1)
+    square += carry * carry * tl.sum(tl.sum(c.to(tl.float32) * c, 1), 0)
+    scale = tl.rsqrt(tl.maximum(square, 0.0) + FLOOR * FLOOR)
+    weight *= scale[:, None]
+    carry *= scale
+
+    q = load_rows(q_ptr + batch * q_batch + head * q_head, q_step, start, steps, 0, L, K)
+    basis_k_ptr += program * COEFFICIENTS * L * K + tile(L, K)
+    basis_v_ptr += program * COEFFICIENTS * L * V + tile(L, V)
+    b = tl.load(coefficients_ptr + COEFFICIENTS - 1) * q.to(tl.float32)
+    b_after = tl.zeros_like(b)
+    for r in range(COEFFICIENTS - 1):
+        j = COEFFICIENTS - 2 - r
+        x = b.to(k.dtype)
+        scores = tl.dot(x, tl.trans(k), input_precision=PRECISION)
+        u = product(scores, weight, carry, v, tl.dot(x, c, input_precision=PRECISION), PRECISION).to(k.dtype)
+        if SAVE:
+            tl.store(basis_k_ptr + (j + 1) * L * K, x)
+            tl.store(basis_v_ptr + (j + 1) * L * V, u)
+        scores = tl.dot(u, tl.trans(v), input_precision=PRECISION)
+        w = product(scores, weight, carry, k, tl.dot(u, tl.trans(c), input_precision=PRECISION), PRECISION)
+        gain = tl.where(j == 0, 1.0, 2.0)
+        b_new = tl.load(coefficients_ptr + j) * q.to(tl.float32) + gain * (2 * w - b) - b_after
+        b_after = b
+        b = b_new
+    x = b.to(k.dtype)
+    scores = tl.dot(x, tl.trans(k), input_precision=PRECISION)
+    y = product(scores, weight, carry, v, tl.dot(x, c, input_precision=PRECISION), PRECISION).to(k.dtype)
+    if SAVE:
+        tl.store(basis_k_ptr, x)
+        tl.store(basis_v_ptr, y)
+        tl.store(scales_ptr + program * L + tl.arange(0, L), scale)
+    store_rows(y_ptr + (batch * steps * heads + head) * V, y, heads * V, start, steps, L, V)
