@@ -35,9 +35,9 @@ def fold(operator: Callable[..., Any], shared: Collection[int] = ()) -> Rule:
         ]
         result = operator(*folded)
         if isinstance(result, Tensor):
-            found = result.unflatten(0, (models, -1))
+            found = _unfolded(result, models)
         else:
-            found = tuple(each.unflatten(0, (models, -1)) for each in result)
+            found = tuple(_unfolded(each, models) for each in result)
         return found, _zeros(found)
 
     return rule
@@ -47,6 +47,10 @@ def _folded(x: Tensor, dim: int | None, models: int) -> Tensor:
     """(S at `dim`, B, ...), or (B, ...) for all S models, -> (S * B, ...)."""
     x = x.expand(models, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.flatten(0, 1)
+
+
+def _unfolded(x: Tensor, models: int) -> Tensor:
+    return x.unflatten(0, (models, x.shape[0] // models))
 
 
 def _of(model: int, argument: Any, dim: int | None) -> Any:

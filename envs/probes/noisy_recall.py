@@ -113,8 +113,8 @@ class NoisyRecall(RecallTask):
         pair[:, last] = True
         key = choice(self.keys, *shape)
         # The last key is uniform among those shown: the shown one that comes first in a random order.
-        shown = torch.zeros(batch, self.keys, dtype=torch.bool, device=device)
-        shown = shown.scatter_reduce(1, key[:, :last], pair[:, :last], "amax")
+        times = torch.zeros(batch, self.keys, dtype=torch.int32, device=device)
+        shown = times.scatter_add(1, key[:, :last], pair[:, :last].int()) > 0
         key[:, last] = (uniform(batch, self.keys) + shown).argmax(-1)
         again = uniform(*shape) < self.rebind
         again[:, last] = False

@@ -126,6 +126,34 @@ def assert_follows_naive(inputs: Inputs, c: Tensor, bound: float, gradient_bound
         assert error(a, b) < gradient_bound, name
 
 
+@pytest.mark.parametrize("own_coefficients", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_models_side_by_side_are_as_one_by_one(own_coefficients: bool, compiled: bool) -> None:
+    """Under vmap, with the models' axis in front of some arguments and no such axis at others."""
+    models = [make_inputs(20, 16, 16) for _ in range(2)]
+    first, n, m = models[0][5], models[0][6].n, models[0][6].m
+    c = torch.stack([coefficients(9), 0.5 * coefficients(9)])
+    leaves = [
+        torch.stack(column).requires_grad_()
+        for column in zip(*((*inputs[:5], inputs[6].C) for inputs in models), strict=True)
+    ]
+    weights = torch.randn(2, 20, 16, device=DEVICE), torch.randn(2, 16, 16, device=DEVICE)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, C: Tensor, c: Tensor) -> Tensor:
+        y, after = sequence.polynomial_read_sequence(q, k, v, i, f, first, Memory(C, n, m), c)
+        return (y * weights[0]).sum() + (after.C * weights[1]).sum()
+
+    side_by_side = torch.func.vmap(loss, in_dims=(0,) * 6 + (0 if own_coefficients else None,))
+    if compiled:
+        side_by_side = torch.compile(side_by_side, fullgraph=True, backend="aot_eager")
+    ours = torch.autograd.grad(side_by_side(*leaves, c if own_coefficients else c[0]).sum(), leaves)
+    for model in range(2):
+        own = [leaf[model].detach().requires_grad_() for leaf in leaves]
+        theirs = torch.autograd.grad(loss(*own, c[model if own_coefficients else 0]), own)
+        for name, a, b in zip(NAMES, ours, theirs, strict=True):
+            assert error(a[model], b) < FP32, name
+
+
 SIZES = [(16, 16, 1), (32, 16, 63), (16, 32, 64), (16, 16, 65), (16, 16, 150)]
 CUDA_SIZES = [(d, d, steps) for d in DIMS for steps in (1, 63, 64, 65, 200)]
 

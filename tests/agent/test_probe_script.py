@@ -156,7 +156,7 @@ def test_what_is_said_last_counts() -> None:
 
 
 def test_every_core_with_probe_sizes_has_all_of_them() -> None:
-    for core in ("mlstm", "ortho_mlstm", "attention", "gru"):
+    for core in ("mlstm", "ortho_mlstm", "mesa", "attention", "gru"):
         for preset in ("source_v96_1024", "mad_base", "capacity_64", "quick"):
             assert resolve(core, preset, [], {}).core_name == core
 

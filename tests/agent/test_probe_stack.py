@@ -20,6 +20,7 @@ from agent.probe.training import Trainer
 SMALL = {
     "mlstm": "mlstm:width=12:heads=2:head_dim=8",
     "ortho_mlstm": "ortho_mlstm:width=12:heads=2:head_dim=8",
+    "mesa": "mesa:width=12:heads=2:head_dim=8:ridge_learned=true",
     "attention": "attention:width=12:heads=2:head_size=4:units=8:window=16",
     "gru": "gru:deter=16:hidden=8:blocks=4",
 }

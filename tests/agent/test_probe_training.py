@@ -145,5 +145,6 @@ def test_every_core_has_numbers_of_its_own(core: str) -> None:
     trainer = Trainer(probe(core))
     trainer.train(3)
     ranked = {key for key in trainer.curves if "rank" in key}
-    assert ranked == ({"effective_rank_0"} if "mlstm" in core else set())
+    expected = {"mlstm": {"effective_rank_0"}, "mesa": {"effective_rank_0", "key_rank_0"}}
+    assert ranked == expected.get(core.removeprefix("ortho_"), set())
     assert ("alpha" in trainer.curves) == (core == "ortho_mlstm")
