@@ -121,7 +121,8 @@ class Stack:
             return loss
         path = self.paths[group[0]]
         if path not in self._losses:
-            self._losses[path] = torch.compile(loss, fullgraph=True, dynamic=False)
+            # Where the compiler does not get through a core under vmap, that one runs as it is.
+            self._losses[path] = torch.compile(loss, dynamic=False)
         return self._losses[path]
 
     def _place(self, group: list[int]) -> tuple[slice | Tensor, Tensors]:
