@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
 from tqdm import tqdm
 
 from agent.errors import UserError
@@ -75,7 +76,8 @@ class _Progress:
     def __init__(self, experiments: Sequence[Experiment]):
         self.bar = tqdm(
             total=sum(_tokens(each.probe) * each.probe.training.steps for each in experiments),
-            unit="tok", unit_scale=True, dynamic_ncols=True, file=sys.stderr, disable=None if experiments else True,
+            unit="tok", unit_scale=True, dynamic_ncols=True, file=sys.stderr, disable=not experiments,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
         )  # fmt: skip
         self.signal: int | None = None
 
@@ -90,26 +92,33 @@ class _Progress:
 
     def run(self, experiment: Experiment, folder: Path, alone: int) -> Row | None:
         """The row of an experiment, or None if a signal came."""
-        probe, counted = experiment.probe, 0
-        self.bar.set_description(experiment.name)
-        timed: Row = {}
-        if alone:
-            one = dataclasses.replace(probe, training=dataclasses.replace(probe.training, seeds=1))
-            timed = {"stacked_per_hour": seeds_per_hour(probe, alone), "alone_per_hour": seeds_per_hour(one, alone)}
+        probe, counted = experiment.probe, None
+        self.bar.set_description(experiment.name, refresh=False)
+        one = dataclasses.replace(probe, training=dataclasses.replace(probe.training, seeds=1))
 
         def told(trainer: Trainer) -> bool:
             nonlocal counted
+            if counted is None:  # what an earlier sitting did is done, but says nothing of the speed
+                counted = trainer.step - 1
+                self.bar.initial += counted * _tokens(probe)
+                self.bar.n += counted * _tokens(probe)
             self.bar.update((trainer.step - counted) * _tokens(probe))
             counted = trainer.step
             if trainer.evaluated and trainer.evaluated[-1] == trainer.step:
                 accuracy = trainer.curves["accuracy"][-1]
                 solved = sum(value >= probe.evaluation.solved for value in accuracy)
-                self.bar.set_postfix_str(
-                    f"step {trainer.step}, accuracy {sum(accuracy) / len(accuracy):.2f}, {solved} solved"
-                )
+                shown = f"step {trainer.step}, accuracy {sum(accuracy) / len(accuracy):.2f}, {solved} solved"
+                self.bar.set_postfix_str(shown, refresh=False)
             return self.signal is not None
 
-        result = run(probe, folder / "checkpoints", told)
+        try:
+            timed: Row = {}
+            if alone:
+                timed = {"stacked_per_hour": seeds_per_hour(probe, alone), "alone_per_hour": seeds_per_hour(one, alone)}
+            result = run(probe, folder / "checkpoints", told)
+        except torch.OutOfMemoryError:
+            most = probe.compute.tokens_at_once
+            raise UserError(f"{experiment.name}: out of memory; lower compute.tokens_at_once, now {most}") from None
         return None if result is None else _configuration(experiment) | result | timed
 
     def write(self, line: str, notify: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from test_probe_stack import QUICK
 
 from agent.errors import UserError
@@ -125,12 +126,23 @@ def test_a_folder_of_another_configuration_is_left_alone(
 def test_a_mistake_is_one_line_and_status_2(
     run_script: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], message: str
 ) -> None:
-    if given == ["--device", "cuda"] and __import__("torch").cuda.is_available():
+    if given == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is one")
     assert run_script(*given, "--out", str(tmp_path / "out")) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_is_told_with_the_key_that_helps(
+    run_script: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(suite, "run", full)
+    assert run_script(*words(tmp_path)) == 2
+    assert "lower compute.tokens_at_once, now 600000" in capsys.readouterr().err
 
 
 def test_presets_say_what_the_source_did() -> None:
