@@ -28,7 +28,7 @@ from agent.cores.memory import EMPTY, NORM_FLOOR, Memory  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 FP32 = 2e-5  # relative error of tensors, by norm
-BF16, BF16_GRADIENT = 0.02, 0.04
+BF16_SHARE = 2.0  # error in bf16, in units of the one that the plain PyTorch form makes with the same products
 NAMES = ("q", "k", "v", "log_input", "log_forget", "C")
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Memory]
@@ -107,7 +107,10 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / (theirs.norm() + 1e-12))
 
 
-def assert_follows_naive(inputs: Inputs, c: Tensor, bound: float, gradient_bound: float, chunk: int = 64) -> None:
+def assert_follows_naive(
+    inputs: Inputs, c: Tensor, bound: float, gradient_bound: float, chunk: int = 64, share: float = 0.0
+) -> None:
+    """Within the bounds, or within a share of the errors of the reference in the same precision."""
     batch, heads, steps, key = inputs[0].shape
     value = inputs[2].shape[-1]
     weights = torch.randn(batch, heads, steps, value).bfloat16(), torch.randn(batch, heads, key, value)
@@ -117,13 +120,14 @@ def assert_follows_naive(inputs: Inputs, c: Tensor, bound: float, gradient_bound
 
     ours, our_gradients = gradients(kernel, inputs, c, weights)
     theirs, their_gradients = gradients(naive, wide(inputs), c.double(), weights)
+    plain, plain_gradients = gradients(reference.polynomial_read_sequence, inputs, c, weights)
     assert ours[0].dtype == inputs[2].dtype
     assert all(x.dtype == torch.float32 for x in ours[1:])
-    for name, a, b in zip(("y", "C", "n", "m"), ours, theirs, strict=True):
-        assert error(a, b) < bound, name
-    for name, a, b in zip(NAMES, our_gradients, their_gradients, strict=True):
+    for name, a, b, other in zip(("y", "C", "n", "m"), ours, theirs, plain, strict=True):
+        assert error(a, b) < max(bound, share * error(other, b)), name
+    for name, a, b, other in zip(NAMES, our_gradients, their_gradients, plain_gradients, strict=True):
         assert b.norm() > 0
-        assert error(a, b) < gradient_bound, name
+        assert error(a, b) < max(gradient_bound, share * error(other, b)), name
 
 
 SIZES = [(16, 16, 1), (32, 16, 63), (16, 32, 64), (16, 16, 65), (16, 16, 150)]
@@ -138,7 +142,8 @@ def test_sequence_follows_the_step_loop_with_all_gradients(key: int, value: int,
 @requires_cuda
 @pytest.mark.parametrize(("key", "value", "steps"), SIZES + CUDA_SIZES)
 def test_sequence_in_bf16(key: int, value: int, steps: int) -> None:
-    assert_follows_naive(make_inputs(steps, key, value, torch.bfloat16), coefficients(21), BF16, BF16_GRADIENT)
+    inputs = make_inputs(steps, key, value, torch.bfloat16)
+    assert_follows_naive(inputs, coefficients(21), FP32, 5 * FP32, share=BF16_SHARE)
 
 
 @pytest.mark.parametrize("chunk", [16, 40])
