@@ -1,7 +1,5 @@
 """The Triton kernels against a loop over steps in fp64: on CUDA, or with Triton's interpreter where there is none."""
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
@@ -10,21 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CUDA = torch.cuda.is_available()
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-if not CUDA:
-    # Triton decides at its import, for its own functions too, whether to interpret.
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("triton was imported before and does not interpret", allow_module_level=True)
-    os.environ["TRITON_INTERPRET"] = "1"
 
-from agent.cores import kernels  # noqa: E402
-from agent.cores import memory as reference  # noqa: E402
-from agent.cores.kernels import one_step, sequence  # noqa: E402
-from agent.cores.kernels.tuning import DIMS, chunk_length  # noqa: E402
-from agent.cores.maps import chebyshev_fit, make_map  # noqa: E402
-from agent.cores.memory import EMPTY, NORM_FLOOR, Memory  # noqa: E402
+from agent.cores import kernels
+from agent.cores import memory as reference
+from agent.cores.kernels import one_step, sequence
+from agent.cores.kernels.tuning import DIMS, chunk_length
+from agent.cores.maps import chebyshev_fit, make_map
+from agent.cores.memory import EMPTY, NORM_FLOOR, Memory
+
+CUDA = torch.cuda.is_available()  # elsewhere conftest.py has Triton interpret the kernels
 
 DEVICE = "cuda" if CUDA else "cpu"
 FP32 = 2e-5  # relative error of tensors, by norm
