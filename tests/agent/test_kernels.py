@@ -1,7 +1,5 @@
 """The Triton kernels against a loop over steps in fp64: on CUDA, or with Triton's interpreter where there is none."""
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
@@ -10,25 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CUDA = torch.cuda.is_available()
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-if not CUDA:
-    # Triton decides at its import, for its own functions too, whether to interpret.
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("triton was imported before and does not interpret", allow_module_level=True)
-    os.environ["TRITON_INTERPRET"] = "1"
 
-from agent.cores import kernels  # noqa: E402
-from agent.cores import memory as reference  # noqa: E402
-from agent.cores.kernels import one_step, sequence  # noqa: E402
-from agent.cores.kernels.tuning import DIMS, chunk_length  # noqa: E402
-from agent.cores.maps import chebyshev_fit, make_map  # noqa: E402
-from agent.cores.memory import EMPTY, NORM_FLOOR, Memory  # noqa: E402
+from agent.cores import kernels
+from agent.cores import memory as reference
+from agent.cores.kernels import one_step, sequence
+from agent.cores.kernels.tuning import DIMS, chunk_length
+from agent.cores.maps import chebyshev_fit, make_map
+from agent.cores.memory import EMPTY, NORM_FLOOR, Memory
+
+CUDA = torch.cuda.is_available()  # elsewhere conftest.py has Triton interpret the kernels
 
 DEVICE = "cuda" if CUDA else "cpu"
 FP32 = 2e-5  # relative error of tensors, by norm
-BF16, BF16_GRADIENT = 0.02, 0.04
+BF16_SHARE = 2.0  # error in bf16, in units of the one that the plain PyTorch form makes with the same products
 NAMES = ("q", "k", "v", "log_input", "log_forget", "C")
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Memory]
@@ -107,7 +101,10 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / (theirs.norm() + 1e-12))
 
 
-def assert_follows_naive(inputs: Inputs, c: Tensor, bound: float, gradient_bound: float, chunk: int = 64) -> None:
+def assert_follows_naive(
+    inputs: Inputs, c: Tensor, bound: float, gradient_bound: float, chunk: int = 64, share: float = 0.0
+) -> None:
+    """Within the bounds, or within a share of the errors of the reference in the same precision."""
     batch, heads, steps, key = inputs[0].shape
     value = inputs[2].shape[-1]
     weights = torch.randn(batch, heads, steps, value).bfloat16(), torch.randn(batch, heads, key, value)
@@ -117,13 +114,14 @@ def assert_follows_naive(inputs: Inputs, c: Tensor, bound: float, gradient_bound
 
     ours, our_gradients = gradients(kernel, inputs, c, weights)
     theirs, their_gradients = gradients(naive, wide(inputs), c.double(), weights)
+    plain, plain_gradients = gradients(reference.polynomial_read_sequence, inputs, c, weights)
     assert ours[0].dtype == inputs[2].dtype
     assert all(x.dtype == torch.float32 for x in ours[1:])
-    for name, a, b in zip(("y", "C", "n", "m"), ours, theirs, strict=True):
-        assert error(a, b) < bound, name
-    for name, a, b in zip(NAMES, our_gradients, their_gradients, strict=True):
+    for name, a, b, other in zip(("y", "C", "n", "m"), ours, theirs, plain, strict=True):
+        assert error(a, b) < max(bound, share * error(other, b)), name
+    for name, a, b, other in zip(NAMES, our_gradients, their_gradients, plain_gradients, strict=True):
         assert b.norm() > 0
-        assert error(a, b) < gradient_bound, name
+        assert error(a, b) < max(gradient_bound, share * error(other, b)), name
 
 
 @pytest.mark.parametrize("own_coefficients", [False, True])
@@ -166,7 +164,8 @@ def test_sequence_follows_the_step_loop_with_all_gradients(key: int, value: int,
 @requires_cuda
 @pytest.mark.parametrize(("key", "value", "steps"), SIZES + CUDA_SIZES)
 def test_sequence_in_bf16(key: int, value: int, steps: int) -> None:
-    assert_follows_naive(make_inputs(steps, key, value, torch.bfloat16), coefficients(21), BF16, BF16_GRADIENT)
+    inputs = make_inputs(steps, key, value, torch.bfloat16)
+    assert_follows_naive(inputs, coefficients(21), FP32, 5 * FP32, share=BF16_SHARE)
 
 
 @pytest.mark.parametrize("chunk", [16, 40])
