@@ -61,27 +61,27 @@ def resolve(
     Raises:
         UserError: something is missing, unknown or not allowed.
     """
-    default = _read(CONFIGS / "default.yaml")
+    default = read_yaml(CONFIGS / "default.yaml")
     flags = {"env.name": env, "core.name": core, "size": size, "device": device, "steps": steps, "seed": seed}
     own = [
-        ("" if file is None else str(file), {} if file is None else _read(file)),
-        ("--set", _parse_settings(settings)),
+        ("" if file is None else str(file), {} if file is None else read_yaml(file)),
+        ("--set", parse_settings(settings)),
         ("", {key: value for key, value in flags.items() if value is not None}),
     ]
     env_name = _last("env.name", default, *(values for _, values in own))
-    env_layers = [(str(path), _read(path)) for path in _env_files(env_name)]
+    env_layers = [(str(path), read_yaml(path)) for path in _env_files(env_name)]
     below = [default] + [values for _, values in env_layers + own]
 
     core_name = _last("core.name", *below)
-    _check_choice("core.name", core_name, _names("core"))
+    check_choice("core.name", core_name, _names("core"))
     size_name = _last("size", *below)
-    _check_choice("size", size_name, [*_names("size"), "auto"])
+    check_choice("size", size_name, [*_names("size"), "auto"])
     news: list[str] = []
     if size_name == "auto":
         device_name = _device(_last("device", *below))
         size_name = "12m" if device_name == "cuda" else "1m"
         news = [f"size: {size_name}, as auto chooses on {device_name}"]
-    size_layer = (f"size {size_name}", _read(CONFIGS / "size" / f"{size_name}.yaml"))
+    size_layer = (f"size {size_name}", read_yaml(CONFIGS / "size" / f"{size_name}.yaml"))
     core_layer = (f"core {core_name}", _read_core(core_name, size_name))
 
     chosen = {"env.name": env_name, "core.name": core_name, "size": size_name}
@@ -97,7 +97,7 @@ def resolve(
         *own,
         ("", chosen),
     ]:
-        _check_keys(values, known, source)
+        check_keys(values, known, source)
         result |= values
     config = _validate(result)
     for line in news:  # only now: a mistake is told in one line and nothing else
@@ -111,10 +111,10 @@ def load(path: Path) -> Config:
     Raises:
         UserError: the file is missing or is no complete, valid configuration.
     """
-    values = _read(path)
+    values = read_yaml(path)
     name = values.get("core.name")
-    _check_choice("core.name", name, list(_cores()))
-    _check_keys(values, _known_keys(str(name)), str(path))
+    check_choice("core.name", name, list(_cores()))
+    check_keys(values, _known_keys(str(name)), str(path))
     return _validate(values)
 
 
@@ -146,7 +146,8 @@ def parse_value(text: str, name: str) -> Any:
         raise UserError(f"{name}: {_shown(text)} is not valid YAML ({_problem(error)})") from None
 
 
-def _parse_settings(settings: Sequence[str]) -> Values:
+def parse_settings(settings: Sequence[str]) -> Values:
+    """The values of "key=value" texts, by dotted key."""
     values: Values = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -156,7 +157,7 @@ def _parse_settings(settings: Sequence[str]) -> Values:
     return values
 
 
-def _read(path: Path) -> Values:
+def read_yaml(path: Path) -> Values:
     """The settings of a YAML file, by dotted key."""
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -181,7 +182,7 @@ def _problem(error: Exception) -> str:
 def _read_core(name: str, size: str) -> Values:
     """The settings of a core's file, with those for the chosen size laid over them."""
     path = CONFIGS / "core" / f"{name}.yaml"
-    values = _read(path)
+    values = read_yaml(path)
     sizes: dict[str, Values] = {}
     for key in [key for key in values if key.startswith("sizes.")]:
         _, of_size, *core_key = key.split(".")
@@ -228,15 +229,18 @@ def _device(name: Any) -> str:
     return ("cuda" if cuda else "cpu") if name == "auto" else str(name)
 
 
-def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise UserError, which tells the choices, unless the value is one of them."""
     if value not in choices:
         nearest, known = _nearest(str(value), choices), ", ".join(choices)
         raise UserError(f"{key}: {_shown(value)} is unknown; the nearest is {nearest}, the choices are {known}")
 
 
-def _check_keys(values: Values, known: Sequence[str], source: str) -> None:
+def check_keys(values: Values, known: Sequence[str], source: str) -> None:
+    """Raise UserError, which tells the nearest known one, for a dotted key that is none."""
+    sections = {key.split(".")[0] for key in known if "." in key}
     for key in values:
-        if key in SECTIONS or key == "core":
+        if key in sections:
             raise UserError(f"{source}: {key} is a section; set its keys, as in {_nearest(key + '.', known)}")
         if key not in known and not key.startswith(f"{OPEN}."):
             raise UserError(f"{source}: unknown key {_line(key)}; the nearest is {_nearest(key, known)}")
@@ -285,11 +289,12 @@ def _validate(values: Values) -> Config:
         values = outer | {OPEN: inner}
     for name, section in (SECTIONS | {"core": _core_section(values["core.name"])}).items():
         own = {key.split(".")[1]: value for key, value in values.items() if key.startswith(f"{name}.")}
-        parts[name] = _build(section, own, name)
-    return _build(Config, parts | {key: value for key, value in values.items() if "." not in key}, "")
+        parts[name] = build(section, own, name)
+    return build(Config, parts | {key: value for key, value in values.items() if "." not in key}, "")
 
 
-def _build(section: type[Any], values: Values, name: str) -> Any:
+def build(section: type[Any], values: Values, name: str) -> Any:
+    """The section of these values; an error in words calls it `name`."""
     try:
         return section(**values)
     except ValidationError as error:

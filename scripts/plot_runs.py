@@ -70,7 +70,7 @@ def draw(file: Path, curves: dict[str, Curve], published: tuple | None, title: s
         shown = [i for i, frames in enumerate(published[0]) if frames <= 1.1 * last]
         frames, mean, low, high = ([column[i] for i in shown] for column in published)
         axes.fill_between(frames, low, high, color="0.88", label="published, lowest to highest seed")
-        axes.plot(frames, mean, color="0.45", label="published, mean")
+        axes.plot(frames, mean, color="black", linestyle="--", label="published, mean")
     for name, curve in curves.items():
         axes.plot([edge for edge, _ in curve], [statistics.mean(returns) for _, returns in curve], label=name)
     axes.set(xlabel="environment frames", ylabel="return of training episodes", title=title)

@@ -117,11 +117,16 @@ def _solve(b: Tensor, strength: Tensor, iterations: int, *gram: Tensor) -> Tenso
 class _Solution(torch.autograd.Function):
     """The x that is given, with (G + lambda)^{-1} dx as the gradient of its residual b - (G + lambda) x."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, iterations: int, strength: Tensor, *gram: Tensor) -> Tensor:
-        ctx.iterations = iterations
-        ctx.save_for_backward(strength, *gram)
+    def forward(x: Tensor, residual: Tensor, iterations: int, strength: Tensor, *gram: Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, ctx.iterations, strength, *gram = inputs
+        ctx.save_for_backward(strength, *gram)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:

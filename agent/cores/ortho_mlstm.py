@@ -4,8 +4,9 @@ from typing import Any, ClassVar, cast
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
-from agent.cores.core import register
+from agent.cores.core import State, register
 from agent.cores.mlstm import MLSTM, MLSTMConfig
 from agent.cores.reads import OrthoRead, OrthoReadConfig, Read
 
@@ -24,3 +25,7 @@ class OrthoMLSTM(MLSTM):
     def make_read(self, config: MLSTMConfig) -> Read:
         """How the memories of all blocks are read."""
         return OrthoRead(cast(OrthoMLSTMConfig, config))
+
+    def diagnostics(self, state: State) -> dict[str, Tensor]:
+        """Those of the mLSTM, and the share of the orthogonalised read."""
+        return super().diagnostics(state) | {"alpha": self.reader.get_buffer("alpha").clone()}

@@ -1,5 +1,6 @@
 """What several tests of the agent build on: small configurations, spaces, agents and filled replays."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,11 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton decides at its import whether to interpret, and importing the agent may import it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from outer_product import with_outer_product
 
 from agent import config as configuration

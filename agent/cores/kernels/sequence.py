@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agent.cores.folding import fold
 from agent.cores.kernels.backward import keys_backward, read_backward, states_backward, values_backward
 from agent.cores.kernels.forward import chunk_states, read_forward
 from agent.cores.kernels.tuning import STATE_COLUMNS, chunk_length, launch
@@ -39,26 +40,9 @@ def polynomial_read_sequence(
     Returns:
         y (B, H, T, V) in the dtype of v and the memory after the last step.
     """
-    y, *after = _Read.apply(q, k, v, log_input, log_forget, first, *memory, coefficients, chunk)
-    return y, Memory(*after)
-
-
-class _Read(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        q, k, v, log_input, log_forget, first, C, n, m, coefficients, chunk = arguments
-        save = any(ctx.needs_input_grad)
-        y, C_after, n_after, m_after, *saved = forward_op(
-            q, k, v, log_input, log_forget, first, C, n, m, coefficients, chunk, save
-        )
-        ctx.mark_non_differentiable(n_after, m_after)
-        ctx.save_for_backward(k, v, log_input, log_forget, first, coefficients, *saved)
-        return y, C_after, n_after, m_after
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_q, grad_k, grad_v, grad_input, grad_forget, grad_C = backward_op(grads[0], grads[1], *ctx.saved_tensors)
-        return grad_q, grad_k, grad_v, grad_input, grad_forget, None, grad_C, None, None, None, None
+    save = torch.is_grad_enabled()  # what a tensor requires is not known under vmap
+    y, C, n, m, *_ = forward_op(q, k, v, log_input, log_forget, first, *memory, coefficients, chunk, save)
+    return y, Memory(C, n.detach(), m.detach())
 
 
 @torch.library.custom_op("matrix_memory::polynomial_read", mutates_args=())
@@ -179,6 +163,27 @@ def _(
     coefficients: Tensor, states: Tensor, stabilisers: Tensor, scales: Tensor, basis_k: Tensor, basis_v: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _backward_outputs(k, v, log_input, grad_C)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, k, v, log_input, log_forget, first, C, _, _, coefficients, _, _ = inputs
+    y, _, _, _, *saved = output
+    ctx.set_materialize_grads(False)  # of what is only saved, zeros would take as much room as all of that
+    ctx.save_for_backward(y, C, k, v, log_input, log_forget, first, coefficients, *saved)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_C: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    y, C, *saved = ctx.saved_tensors
+    grad_y = torch.zeros_like(y) if grad_y is None else grad_y
+    grad_C = torch.zeros_like(C) if grad_C is None else grad_C
+    grad_q, grad_k, grad_v, grad_input, grad_forget, grad_C = backward_op(grad_y, grad_C, *saved)
+    return grad_q, grad_k, grad_v, grad_input, grad_forget, None, grad_C, None, None, None, None, None
+
+
+# As operators rather than an autograd.Function, since these can be compiled under vmap.
+torch.library.register_autograd(forward_op, _backward, setup_context=_save)
+torch.library.register_vmap(forward_op, fold(forward_op, shared=(9,)))
+torch.library.register_vmap(backward_op, fold(backward_op, shared=(7,)))
 
 
 def _unit_columns(x: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The noisy-recall probe: small sequence models around the cores, many seeds at once."""

@@ -1,0 +1,77 @@
+"""The probe's figure: for each task, how long seeds stay on the plateau, every seed's curve, and where they end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agent.errors import UserError
+from agent.probe.report import Row
+
+
+def draw(file: Path, rows: Sequence[Row]) -> None:
+    """Write the figure of finished experiments.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the figure needs matplotlib: pip install 'dreamer-that-remembers[plots]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, grid = pyplot.subplots(
+        len(tasks), 3, figsize=(13, 3.4 * len(tasks) + 0.6), layout="constrained", squeeze=False,
+        gridspec_kw={"width_ratios": (1, 1.2, 1)},
+    )  # fmt: skip
+    labels = list(dict.fromkeys(_label(row, rows) for row in rows))
+    colors = {label: f"C{i % 10}" for i, label in enumerate(labels)}
+    for task, (survival, curves, ends) in zip(tasks, grid, strict=True):
+        own = [row for row in rows if row["task"] == task]
+        for row in own:
+            label = _label(row, rows)
+            _survival(survival, row, label, colors[label])
+            _curves(curves, row, colors[label])
+        _ends(ends, own, [_label(row, rows) for row in own], colors)
+        survival.set(title=f"{task}: seeds not yet escaped", xlabel="step", ylabel="share of seeds", ylim=(-0.03, 1.05))
+        survival.legend(fontsize=8, loc="best")
+        curves.set(title="accuracy, each seed", xlabel="step", ylim=(-0.02, 1.04))
+        ends.set(title="accuracy at the end, each seed", ylim=(-0.02, 1.04))
+        for axes in (curves, ends):
+            axes.axhline(max(own[0]["floors"].values()), color="0.4", lw=1, ls=":", zorder=0)
+        curves.text(0.99, max(own[0]["floors"].values()) + 0.01, "floor", color="0.4", fontsize=8, ha="right",
+                    transform=curves.get_yaxis_transform())  # fmt: skip
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)
+
+
+def _label(row: Row, rows: Sequence[Row]) -> str:
+    """The core as the user wrote it, with its learning rate where there are several for one core and task."""
+    alike = [other for other in rows if (other["task"], other["core"]) == (row["task"], row["core"])]
+    return row["core"] + (f", lr {row['config']['training']['lr']:g}" if len(alike) > 1 else "")
+
+
+def _survival(axes: Any, row: Row, label: str, color: str) -> None:
+    """A staircase that goes down by one seed at each escape, with a point for every seed."""
+    seeds, last = len(row["seeds"]), row["steps"][-1]
+    escapes = sorted(step for step in row["escape_step"] if step is not None)
+    left = [(seeds - i) / seeds for i in range(len(escapes) + 1)]
+    axes.step([0, *escapes, last], [*left, left[-1]], where="post", color=color, label=label)
+    axes.plot(escapes, left[1:], "o", color=color, ms=4)
+
+
+def _curves(axes: Any, row: Row, color: str) -> None:
+    axes.plot(row["steps"], row["curves"]["accuracy"], color=color, lw=0.9, alpha=0.6)
+
+
+def _ends(axes: Any, rows: Sequence[Row], labels: Sequence[str], colors: dict[str, str]) -> None:
+    """A column of points for each experiment, spread sideways in the order of seeds, and their mean as a bar."""
+    for place, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        final = row["curves"]["accuracy"][-1]
+        spread = [place + 0.5 * ((i + 0.5) / len(final) - 0.5) for i in range(len(final))]
+        axes.plot(spread, final, "o", color=colors[label], ms=4, alpha=0.75, mew=0)
+        axes.plot([place - 0.35, place + 0.35], [sum(final) / len(final)] * 2, color=colors[label], lw=1.5)
+    axes.set_xticks(range(len(rows)), [label.replace(":", "\n") for label in labels], fontsize=8)
+    axes.set_xlim(-0.6, len(rows) - 0.4)
