@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 
 from envs.errors import EnvError
 from envs.probe import TASKS, make
+from envs.probes import noisy_recall
 from envs.probes.continuous_recall import ContinuousRecall
 from envs.probes.count import Count
 from envs.probes.delay import Delay
@@ -147,6 +149,17 @@ def test_expected_questions_of_the_stream():
         counts = [(task.draw(rng).answer != NOT_ASKED).sum() for _ in range(4000)]
         assert np.mean(counts) == pytest.approx(task.expected_questions, abs=4 * np.std(counts) / math.sqrt(4000))
     assert NoisyRecall().expected_questions == pytest.approx(43.5, abs=0.2)  # measured on MAD's own generator
+
+
+def test_stream_is_distributed_as_the_sequences_of_the_probe_of_cores():
+    sequences = noisy_recall.NoisyRecall(vocab=11, length=24, noise=0.5, noise_vocab=3)
+    batch = sequences.sample(4000, torch.Generator().manual_seed(0))
+    task, rng = NoisyRecall(slots=12, keys=4, values=4, noise_tokens=3, noise=0.5), np.random.default_rng(0)
+    episodes = [task.draw(rng) for _ in range(4000)]
+    tokens = np.stack([episode.shown["token"][:-1] for episode in episodes])
+    asked = np.stack([episode.answer != NOT_ASKED for episode in episodes])
+    for ours, theirs in ((asked, batch.scored.numpy()), *((tokens == t, batch.inputs.numpy() == t) for t in range(11))):
+        np.testing.assert_allclose(ours.mean(0), theirs.mean(0), atol=5 * math.sqrt(2 * 0.25 / 4000))
 
 
 def test_stream_keeps_the_rules_of_noisy_recall():
