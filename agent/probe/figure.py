@@ -1,6 +1,6 @@
 """The probe's figure: for each task, how long seeds stay on the plateau, every seed's curve, and where they end."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,7 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
     Raises:
         UserError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the figure needs matplotlib: pip install 'dreamer-that-remembers[plots]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, grid = pyplot.subplots(
         len(tasks), 3, figsize=(13, 3.4 * len(tasks) + 0.6), layout="constrained", squeeze=False,
@@ -34,7 +28,7 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
             label = _label(row, rows)
             _survival(survival, row, label, colors[label])
             _curves(curves, row, colors[label])
-        _ends(ends, own, [_label(row, rows) for row in own], colors)
+        columns(ends, {_label(row, rows): row["curves"]["accuracy"][-1] for row in own}, colors)
         survival.set(title=f"{task}: seeds not yet escaped", xlabel="step", ylabel="share of seeds", ylim=(-0.03, 1.05))
         survival.legend(fontsize=8, loc="best")
         curves.set(title="accuracy, each seed", xlabel="step", ylim=(-0.02, 1.04))
@@ -45,6 +39,22 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
                     transform=curves.get_yaxis_transform())  # fmt: skip
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
+
+
+def load_pyplot() -> Any:
+    """Matplotlib's pyplot, drawing to files.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the figure needs matplotlib: pip install 'dreamer-that-remembers[plots]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _label(row: Row, rows: Sequence[Row]) -> str:
@@ -66,12 +76,11 @@ def _curves(axes: Any, row: Row, color: str) -> None:
     axes.plot(row["steps"], row["curves"]["accuracy"], color=color, lw=0.9, alpha=0.6)
 
 
-def _ends(axes: Any, rows: Sequence[Row], labels: Sequence[str], colors: dict[str, str]) -> None:
-    """A column of points for each experiment, spread sideways in the order of seeds, and their mean as a bar."""
-    for place, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        final = row["curves"]["accuracy"][-1]
-        spread = [place + 0.5 * ((i + 0.5) / len(final) - 0.5) for i in range(len(final))]
-        axes.plot(spread, final, "o", color=colors[label], ms=4, alpha=0.75, mew=0)
-        axes.plot([place - 0.35, place + 0.35], [sum(final) / len(final)] * 2, color=colors[label], lw=1.5)
-    axes.set_xticks(range(len(rows)), [label.replace(":", "\n") for label in labels], fontsize=8)
-    axes.set_xlim(-0.6, len(rows) - 0.4)
+def columns(axes: Any, values: Mapping[str, Sequence[float]], colors: Mapping[str, str]) -> None:
+    """A column of points for each label, spread sideways in the order of seeds, and their mean as a bar."""
+    for place, (label, points) in enumerate(values.items()):
+        spread = [place + 0.5 * ((i + 0.5) / len(points) - 0.5) for i in range(len(points))]
+        axes.plot(spread, points, "o", color=colors[label], ms=4, alpha=0.75, mew=0)
+        axes.plot([place - 0.35, place + 0.35], [sum(points) / len(points)] * 2, color=colors[label], lw=1.5)
+    axes.set_xticks(range(len(values)), [label.replace(":", "\n") for label in values], fontsize=8)
+    axes.set_xlim(-0.6, len(values) - 0.4)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from agent.errors import UserError
 from agent.probe.config import Experiment, Probe, as_values
-from agent.probe.report import Row, sentence, table
+from agent.probe.report import Row, sentence, table, write_json, write_text
 from agent.probe.training import Trainer, choose_device, run, seeds_per_hour
 
 
@@ -43,7 +43,7 @@ def run_suite(experiments: Sequence[Experiment], out: Path, alone: int, notify: 
         notify("matplotlib is missing, so there will be no figure: pip install matplotlib")
     for each in experiments:
         if not (out / each.name / "config.json").exists():
-            _write(out / each.name / "config.json", _configuration(each))
+            write_json(out / each.name / "config.json", _configuration(each))
     rows: list[Row] = []
     todo = [each for each in experiments if not (out / each.name / "result.json").exists()]
     with _Progress(todo) as progress:
@@ -54,7 +54,7 @@ def run_suite(experiments: Sequence[Experiment], out: Path, alone: int, notify: 
             if row is None:
                 progress.stop(out / each.name)
             if each in todo:
-                _write(file, row)
+                write_json(file, row)
             rows.append(row)
             progress.write(sentence(row), notify)
             report(rows, out)
@@ -62,8 +62,8 @@ def run_suite(experiments: Sequence[Experiment], out: Path, alone: int, notify: 
 
 def report(rows: Sequence[Row], out: Path) -> None:
     """Write the table, the numbers and, where matplotlib is installed, the figure."""
-    _write_text(out / "results.md", table(rows))
-    _write(out / "results.json", list(rows))
+    write_text(out / "results.md", table(rows))
+    write_json(out / "results.json", list(rows))
     if find_spec("matplotlib"):
         from agent.probe.figure import draw
 
@@ -182,18 +182,3 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, value in values.items():
         found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
     return found
-
-
-def _write(file: Path, content: Any) -> None:
-    _write_text(file, json.dumps(content, indent=1) + "\n")
-
-
-def _write_text(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror or error}); choose another --out") from None

@@ -49,6 +49,10 @@ class ContinuousRecall(Task):
         return round(self.pairs * self.gap / (1 - self.noise))
 
     @property
+    def items(self) -> int:  # noqa: D102
+        return self.pairs
+
+    @property
     def length(self) -> int:  # noqa: D102
         return 2 * self._slots + self.delay * self.gap + self.queries
 

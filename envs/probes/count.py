@@ -37,6 +37,10 @@ class Count(Task):
     asked: float = option(0.25, 0.01, 0.99)  # share of questions among steps without noise
 
     @property
+    def items(self) -> int:  # noqa: D102
+        return self.symbols
+
+    @property
     def length(self) -> int:  # noqa: D102
         return self.steps * self.gap
 

@@ -40,6 +40,10 @@ class Overwrite(KeyValueTask):
         return round(self.writes * self.gap / (1 - self.noise))
 
     @property
+    def items(self) -> int:  # noqa: D102
+        return self.keys
+
+    @property
     def length(self) -> int:  # noqa: D102
         return 2 * self.total_slots + self.delay * self.gap + self.keys
 

@@ -35,6 +35,10 @@ class NoisyRecall(KeyValueTask):
         return self.slots * self.gap
 
     @property
+    def items(self) -> int:  # noqa: D102
+        return self.keys
+
+    @property
     def length(self) -> int:
         """Two steps a slot; the last value is shown when all is over."""
         return 2 * self.total_slots - 1

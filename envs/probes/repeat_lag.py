@@ -36,6 +36,10 @@ class RepeatLag(Task):
         return self.lag * self.gap
 
     @property
+    def items(self) -> int:  # noqa: D102
+        return self._lag
+
+    @property
     def length(self) -> int:  # noqa: D102
         return self._lag + (self._lag if self.backwards else self.questions)
 

@@ -40,6 +40,10 @@ class StoreRecall(KeyValueTask):
         return round(self.pairs * self.gap / (1 - self.noise))
 
     @property
+    def items(self) -> int:  # noqa: D102
+        return self.pairs
+
+    @property
     def length(self) -> int:  # noqa: D102
         return 2 * self.total_slots + self.delay * self.gap + self.queries
 

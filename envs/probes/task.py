@@ -85,6 +85,11 @@ class Task(Options, ABC):
 
     @property
     @abstractmethod
+    def items(self) -> int:
+        """P: things to hold at once. Who holds m of them and guesses otherwise has the score m / P."""
+
+    @property
+    @abstractmethod
     def floor(self) -> float:
         """Expected share of right answers of the best guess without memory, g."""
 
