@@ -15,6 +15,7 @@ from agent.behavior import (
     replay_value_loss,
 )
 from agent.capture import Captured, Tensors
+from agent.compiler import compiled
 from agent.cores import State
 from agent.distributions import one_hot
 from agent.errors import UserError
@@ -73,6 +74,8 @@ class Agent:
         self.normalizer = ReturnNormalizer(config.behavior).to(device)
         modelled, behaving = list(self.world_model.parameters()), list(self.behavior.parameters())
         self.parameters = [*modelled, *behaving]
+        of_core = {id(parameter) for parameter in self.world_model.rssm.core.parameters()}
+        self._core_places = [place for place, one in enumerate(modelled) if id(one) in of_core]
         share = (config.optimizer.behavior_lr or config.optimizer.lr) / config.optimizer.lr
         shares = [1.0] * len(modelled) + [share] * len(behaving)
         self.optimizer = LaProp(self.parameters, config.optimizer, shares if share != 1 else None)
@@ -95,14 +98,14 @@ class Agent:
     def _prepare(self) -> None:
         """Twin of the world model, compiled regions, captured graphs: what is made anew when its code path changes."""
         self.frozen_world_model = Frozen(self.world_model, self.dtype)
-        rssm, compiled = self.world_model.rssm, _compiled if self.mode == "full" else _as_it_is
-        self._know = compiled(self._known)
-        self._chain = compiled(self.frozen_world_model.module.rssm.scan_step)
-        self._batched = compiled(rssm.scan_step)
-        self._run = compiled(rssm.run) if rssm.runs_in_parallel else self._run_through_time
-        self._imagine_step = compiled(self._imagined_step)
-        self._evaluate = compiled(self._losses)
-        self._optimize = compiled(self._optimized)
+        rssm, region = self.world_model.rssm, compiled if self.mode == "full" else _as_it_is
+        self._know = region(self._known)
+        self._chain = region(self.frozen_world_model.module.rssm.scan_step)
+        self._batched = region(rssm.scan_step)
+        self._run = region(rssm.run) if rssm.runs_in_parallel else self._run_through_time
+        self._imagine_step = region(self._imagined_step)
+        self._evaluate = region(self._losses)
+        self._optimize = region(self._optimized)
         self._act = self._on_device(self._act_eagerly)
         self._update: Callable[[Tensors], Tensors] | None = None
         self._metric_names: list[str] = []
@@ -296,9 +299,7 @@ class Agent:
     @torch.no_grad()
     def _optimized(self, gradients: list[Tensor]) -> dict[str, Tensor]:
         """Region: new weights, those of slow critic and frozen twins included, and statistics of the gradients."""
-        own = {id(parameter) for parameter in self.world_model.rssm.core.parameters()}
-        of_core = [g for parameter, g in zip(self.parameters, gradients, strict=True) if id(parameter) in own]
-        norms = torch.stack(torch._foreach_norm(of_core))
+        norms = torch.stack(torch._foreach_norm([gradients[place] for place in self._core_places]))
         statistics = {"core/gradient_norm": norms.square().sum().sqrt()} | self.optimizer.step(gradients)
         slow: list[Tensor] = [*self.slow_critic.parameters()]
         critic: list[Tensor] = [*self.behavior.critic.parameters()]
@@ -397,10 +398,6 @@ class Agent:
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries called `prefix/...`, without the prefix."""
     return {key.removeprefix(f"{prefix}/"): value for key, value in tensors.items() if key.startswith(f"{prefix}/")}
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
