@@ -15,7 +15,9 @@ from agent.behavior import (
     replay_value_loss,
 )
 from agent.capture import Captured, Tensors
+from agent.compiler import compiled
 from agent.cores import State
+from agent.distributions import one_hot
 from agent.errors import UserError
 from agent.networks import Frozen, parameter_count
 from agent.optimizer import LaProp
@@ -25,7 +27,7 @@ from agent.spaces import Vector, from_gymnasium
 from agent.world_model import Batch, WorldModel
 from agent.world_model.encoder import Observation
 from agent.world_model.heads import TwoHotHead
-from agent.world_model.rssm import Latent
+from agent.world_model.rssm import Known, Latent, Posterior
 
 FLAGS: dict[str, Spec] = {
     "reward": ((), torch.float32),
@@ -72,6 +74,8 @@ class Agent:
         self.normalizer = ReturnNormalizer(config.behavior).to(device)
         modelled, behaving = list(self.world_model.parameters()), list(self.behavior.parameters())
         self.parameters = [*modelled, *behaving]
+        of_core = {id(parameter) for parameter in self.world_model.rssm.core.parameters()}
+        self._core_places = [place for place, one in enumerate(modelled) if id(one) in of_core]
         share = (config.optimizer.behavior_lr or config.optimizer.lr) / config.optimizer.lr
         shares = [1.0] * len(modelled) + [share] * len(behaving)
         self.optimizer = LaProp(self.parameters, config.optimizer, shares if share != 1 else None)
@@ -94,11 +98,14 @@ class Agent:
     def _prepare(self) -> None:
         """Twin of the world model, compiled regions, captured graphs: what is made anew when its code path changes."""
         self.frozen_world_model = Frozen(self.world_model, self.dtype)
-        compiled = _compiled if self.mode == "full" else _as_it_is
-        self._chain = compiled(self.frozen_world_model.module.rssm.scan_step)
-        self._batched = compiled(self.world_model.rssm.scan_step)
-        self._imagine_step = compiled(self._imagined_step)
-        self._optimize = compiled(self.optimizer.step)
+        rssm, region = self.world_model.rssm, compiled if self.mode == "full" else _as_it_is
+        self._know = region(self._known)
+        self._chain = region(self.frozen_world_model.module.rssm.scan_step)
+        self._batched = region(rssm.scan_step)
+        self._run = region(rssm.run) if rssm.runs_in_parallel else self._run_through_time
+        self._imagine_step = region(self._imagined_step)
+        self._evaluate = region(self._losses)
+        self._optimize = region(self._optimized)
         self._act = self._on_device(self._act_eagerly)
         self._update: Callable[[Tensors], Tensors] | None = None
         self._metric_names: list[str] = []
@@ -246,62 +253,65 @@ class Agent:
         Returns:
             Fresh latents of the steps that replay keeps, (B, K, ...), and metrics (numbers).
         """
-        config, model, rssm = self.config, self.world_model, self.world_model.rssm
-        self.frozen_world_model.refresh()
-        self.frozen_actor.refresh()
-        self.frozen_critic.refresh()
-        batch = self._batch(rows)
-        z = torch.nn.functional.one_hot(context["z"].long(), rssm.classes).float()
-        uniform = torch.rand(*batch.first.shape, rssm.groups, device=self.device)
-        token = model.encoder(batch.observation, self.dtype)
-        posterior = rssm.observe(
-            _part(context, "state"),
-            z,
-            batch.previous_action,
-            batch.first,
-            token,
-            uniform,
-            self._chain,
-            self._batched,
-        )
-        latent = posterior.latent
-        feature = rssm.feature(latent, self.dtype)  # (B, T, F)
-        losses, statistics = model.losses(batch, posterior, feature)
+        # Noise is drawn between the compiled regions, so that it is the same however the update runs.
+        uniform = torch.rand(*rows["is_first"][:, 1:].shape, self.world_model.rssm.groups, device=self.device)
+        batch, z, known = self._know(rows, context["z"], uniform)
+        posterior = self._run(_part(context, "state"), z, known)
+        feature, action = self._imagine(posterior.latent)
+        total, latents, metrics = self._evaluate(batch, posterior, feature, action)
+        gradients = torch.autograd.grad(total, self.parameters)
+        return latents, metrics | self._optimize(list(gradients))
 
-        imagined = self._imagine(latent)
+    def _known(self, rows: dict[str, Tensor], index: Tensor, uniform: Tensor) -> tuple[Batch, Tensor, Known]:
+        """Region: what comes before the memory. Codes `index` (B, G) of the context, noise `uniform` (B, T, G)."""
+        batch, rssm = self._batch(rows), self.world_model.rssm
+        z = one_hot(index, rssm.classes)
+        token = self.world_model.encoder(batch.observation, self.dtype)
+        return batch, z, rssm.know(z, batch.previous_action, batch.first, token, uniform)
+
+    def _run_through_time(self, state: State, z: Tensor, known: Known) -> Posterior:
+        return self.world_model.rssm.run(state, z, known, self._chain, self._batched)
+
+    def _losses(
+        self, batch: Batch, posterior: Posterior, imagined_feature: Tensor, imagined_action: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Region: everything after imagination. The number to descend, the latents that replay keeps, and metrics."""
+        config, model, latent = self.config, self.world_model, posterior.latent
+        feature = model.rssm.feature(latent, self.dtype)  # (B, T, F)
+        losses, statistics = model.losses(batch, posterior, feature)
+        imagined = self._judged(imagined_feature, imagined_action)
         behavior = imagination_loss(
             self.behavior, self.frozen_critic.module, self.slow_critic, self.normalizer, imagined, config.behavior
         )
-        losses |= behavior.losses
         bootstrap = behavior.returns[0].view(batch.reward.shape)  # the return that starts at each real state
+        losses |= behavior.losses
         losses["replay_value"] = replay_value_loss(
             self.behavior, self.slow_critic, feature.transpose(0, 1),
             batch.reward.T, batch.last.T, batch.terminal.T, bootstrap.T, config.behavior,
         )  # fmt: skip
-
         means = {name: loss.mean() for name, loss in losses.items()}
         total = torch.stack([getattr(config.loss, name) * mean for name, mean in means.items()]).sum()
-        gradients = torch.autograd.grad(total, self.parameters)
-        statistics |= self._core_statistics(latent.state, gradients)
-        statistics |= self._optimize(list(gradients)) | behavior.statistics
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.slow_critic.parameters()),
-                list(self.behavior.critic.parameters()),
-                config.behavior.slow_rate,
-            )
-        metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()} | statistics
+        metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()} | statistics | behavior.statistics
+        metrics |= self._core_diagnostics(latent.state)
         kept = slice(self.replay_stride - 1, None, self.replay_stride)
-        return self.latents({key: value[:, kept] for key, value in latent.state.items()}, latent.z[:, kept]), metrics
+        return total, self.latents({k: v[:, kept] for k, v in latent.state.items()}, latent.z[:, kept]), metrics
 
     @torch.no_grad()
-    def _core_statistics(self, states: State, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Of the core: its diagnostics after the last step of (B, T, ...), the norm of its parameters' gradients."""
-        core = self.world_model.rssm.core
-        numbers = core.diagnostics({key: value[:, -1].detach() for key, value in states.items()})
-        own = {id(parameter) for parameter in core.parameters()}
-        of_core = [g for parameter, g in zip(self.parameters, gradients, strict=True) if id(parameter) in own]
-        numbers["gradient_norm"] = torch.stack(torch._foreach_norm(of_core)).norm()
+    def _optimized(self, gradients: list[Tensor]) -> dict[str, Tensor]:
+        """Region: new weights, those of slow critic and frozen twins included, and statistics of the gradients."""
+        norms = torch.stack(torch._foreach_norm([gradients[place] for place in self._core_places]))
+        statistics = {"core/gradient_norm": norms.square().sum().sqrt()} | self.optimizer.step(gradients)
+        slow: list[Tensor] = [*self.slow_critic.parameters()]
+        critic: list[Tensor] = [*self.behavior.critic.parameters()]
+        torch._foreach_lerp_(slow, critic, self.config.behavior.slow_rate)
+        for twin in (self.frozen_world_model, self.frozen_actor, self.frozen_critic):
+            twin.refresh()
+        return statistics
+
+    @torch.no_grad()
+    def _core_diagnostics(self, states: State) -> dict[str, Tensor]:
+        """What the core says of its memory after the last step of (B, T, ...)."""
+        numbers = self.world_model.rssm.core.diagnostics({key: value[:, -1].detach() for key, value in states.items()})
         return {f"core/{name}": number for name, number in numbers.items()}
 
     def _batch(self, rows: dict[str, Tensor]) -> Batch:
@@ -313,26 +323,32 @@ class Agent:
             later["reward"], later["is_first"], later["is_last"], later["is_terminal"],
         )  # fmt: skip
 
-    def _imagine(self, start: Latent) -> Imagined:
-        """Act in imagination from every state of a batch, (B, T, ...): H steps from N = B * T states."""
-        with torch.set_grad_enabled(self.through_model):
-            return self._imagined(start)
+    def _imagine(self, start: Latent) -> tuple[Tensor, Tensor]:
+        """Act in imagination from every state of a batch, (B, T, ...): H steps from N = B * T states.
 
-    def _imagined(self, start: Latent) -> Imagined:
-        horizon, model = self.config.behavior.imagination_horizon, self.frozen_world_model.module
+        Returns:
+            Features (H + 1, N, F) and actions (H, N, A); gradients lead back to the actor where it learns through them.
+        """
+        horizon, rssm = self.config.behavior.imagination_horizon, self.frozen_world_model.module.rssm
         state = {key: value.detach().flatten(0, 1) for key, value in start.state.items()}
         h, z = start.h.detach().flatten(0, 1), start.z.detach().flatten(0, 1)
         action_noise = self.action.noise((horizon, h.shape[0]), self.device)
-        uniform = torch.rand(horizon, h.shape[0], model.rssm.groups, device=self.device)
+        uniform = torch.rand(horizon, h.shape[0], rssm.groups, device=self.device)
         features, actions = [], []
-        for t in range(horizon):
-            feature, action, (state, h, z) = self._imagine_step(state, h, z, action_noise[t], uniform[t])
-            features.append(feature)
-            actions.append(action)
-        features.append(model.rssm.feature(Latent(state, h, z), self.dtype))
-        stacked = torch.stack(features)
-        reward = model.reward.mean(model.reward(stacked))
-        return Imagined(stacked, torch.stack(actions), reward, model.continuation.probability(stacked))
+        with torch.set_grad_enabled(self.through_model):
+            for t in range(horizon):
+                feature, action, (state, h, z) = self._imagine_step(state, h, z, action_noise[t], uniform[t])
+                features.append(feature)
+                actions.append(action)
+            features.append(rssm.feature(Latent(state, h, z), self.dtype))
+            return torch.stack(features), torch.stack(actions)
+
+    def _judged(self, feature: Tensor, action: Tensor) -> Imagined:
+        """Features (H + 1, N, F) and actions (H, N, A) with what the frozen model's heads say of them."""
+        model = self.frozen_world_model.module
+        with torch.set_grad_enabled(self.through_model):
+            reward = model.reward.mean(model.reward(feature))
+            return Imagined(feature, action, reward, model.continuation.probability(feature))
 
     def _imagined_step(
         self, state: State, h: Tensor, z: Tensor, action_noise: Tensor, uniform: Tensor
@@ -368,6 +384,7 @@ class Agent:
         self.updates = state["updates"]
         self._prepare()  # what a core derives from its buffers may have changed
         self.frozen_actor.refresh()
+        self.frozen_critic.refresh()
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {
@@ -381,10 +398,6 @@ class Agent:
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries called `prefix/...`, without the prefix."""
     return {key.removeprefix(f"{prefix}/"): value for key, value in tensors.items() if key.startswith(f"{prefix}/")}
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
