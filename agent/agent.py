@@ -17,6 +17,8 @@ from agent.behavior import (
 from agent.capture import Captured, Tensors
 from agent.cores import State
 from agent.errors import UserError
+from agent.finite import Watch, restore
+from agent.means import Means
 from agent.networks import Frozen, parameter_count
 from agent.optimizer import LaProp
 from agent.replay import Replay, Spec
@@ -72,6 +74,10 @@ class Agent:
         self.normalizer = ReturnNormalizer(config.behavior).to(device)
         modelled, behaving = list(self.world_model.parameters()), list(self.behavior.parameters())
         self.parameters = [*modelled, *behaving]
+        parts = {"world_model": self.world_model, "behavior": self.behavior}
+        self._gradient_names = [
+            f"gradient/{part}.{name}" for part, module in parts.items() for name, _ in module.named_parameters()
+        ]
         share = (config.optimizer.behavior_lr or config.optimizer.lr) / config.optimizer.lr
         shares = [1.0] * len(modelled) + [share] * len(behaving)
         self.optimizer = LaProp(self.parameters, config.optimizer, shares if share != 1 else None)
@@ -86,6 +92,8 @@ class Agent:
         ).to(device).requires_grad_(False)  # fmt: skip
         self.slow_critic.load_state_dict(self.behavior.critic.state_dict())
 
+        self.watch = Watch(device)
+        self._means = Means(device)
         self._captures = on_gpu and self.mode != "eager"
         self._replay: Replay | None = None
         self.updates = 0
@@ -101,9 +109,6 @@ class Agent:
         self._optimize = compiled(self.optimizer.step)
         self._act = self._on_device(self._act_eagerly)
         self._update: Callable[[Tensors], Tensors] | None = None
-        self._metric_names: list[str] = []
-        self._metric_sums = torch.zeros(0, device=self.device)
-        self._metric_count = 0
         if self._replay is not None:
             self.attach(self._replay)
 
@@ -187,7 +192,7 @@ class Agent:
 
             def update(inputs: Tensors) -> Tensors:
                 latents, metrics = self._learn(*replay.gather(inputs["index"]))
-                replay.write_back(inputs["index"], latents)
+                replay.write_back(inputs["index"], latents, metrics["finite"])
                 return metrics
 
             self._update = self._on_device(update)
@@ -200,8 +205,10 @@ class Agent:
             given = {f"row/{key}": value for key, value in rows.items()}
             given |= {f"latent/{key}": value for key, value in latents.items()}
             results = learn(given)
-            replay.write_back(inputs["index"], {k: v.cpu() for k, v in _part(results, "latent").items()})
-            return _part(results, "metric")
+            metrics = _part(results, "metric")
+            fresh = {k: v.cpu() for k, v in _part(results, "latent").items()}
+            replay.write_back(inputs["index"], fresh, metrics["finite"].cpu())
+            return metrics
 
         self._update = update_from_host
 
@@ -214,20 +221,14 @@ class Agent:
         assert self._update is not None, "attach a replay first"
         metrics = self._update({"index": index})
         self.updates += 1
-        if not self._metric_names:
-            self._metric_names = list(metrics)
-            self._metric_sums = torch.zeros(len(metrics), device=self.device)
-        self._metric_sums += torch.stack([metrics[name].float() for name in self._metric_names])
-        self._metric_count += 1
+        self._means.add({name: number for name, number in metrics.items() if name != "finite"}, metrics["finite"])
 
     def take_metrics(self) -> dict[str, float]:
-        """Means of what the updates since the last call reported; waits for the device. Empty if there were none."""
-        if not self._metric_count:
-            return {}
-        means = (self._metric_sums / self._metric_count).tolist()
-        self._metric_sums.zero_()
-        self._metric_count = 0
-        return dict(zip(self._metric_names, means, strict=True))
+        """Means of what the updates since the last call reported; waits for the device. Empty if there were none.
+
+        `skipped_updates` says how many of them changed nothing, as a number in them was not finite.
+        """
+        return self._means.take()
 
     def schedule(self, metrics: Mapping[str, float]) -> None:
         """Let the core change with training, given the metrics just taken; what was captured is dropped if need be."""
@@ -237,19 +238,17 @@ class Agent:
     def _learn(
         self, rows: dict[str, Tensor], context: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One update of everything, in place.
+        """One update of everything, in place; of nothing, if a number in it is not finite.
 
         Args:
             rows: (B, 1 + T, ...): one row of context, then those to learn from.
             context: latents of the context row (B, ...).
 
         Returns:
-            Fresh latents of the steps that replay keeps, (B, K, ...), and metrics (numbers).
+            Fresh latents of the steps that replay keeps, (B, K, ...), and metrics (numbers), with `finite` (bool).
         """
         config, model, rssm = self.config, self.world_model, self.world_model.rssm
-        self.frozen_world_model.refresh()
-        self.frozen_actor.refresh()
-        self.frozen_critic.refresh()
+        scale_before = [buffer.clone() for buffer in self.normalizer.buffers()]
         batch = self._batch(rows)
         z = torch.nn.functional.one_hot(context["z"].long(), rssm.classes).float()
         uniform = torch.rand(*batch.first.shape, rssm.groups, device=self.device)
@@ -283,16 +282,37 @@ class Agent:
         total = torch.stack([getattr(config.loss, name) * mean for name, mean in means.items()]).sum()
         gradients = torch.autograd.grad(total, self.parameters)
         statistics |= self._core_statistics(latent.state, gradients)
-        statistics |= self._optimize(list(gradients)) | behavior.statistics
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.slow_critic.parameters()),
-                list(self.behavior.critic.parameters()),
-                config.behavior.slow_rate,
-            )
-        metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()} | statistics
+        fine = self._all_finite(rows, context, latent.state, means, gradients)
+        statistics |= self._optimize(list(gradients), fine) | behavior.statistics
+        restore(list(self.normalizer.buffers()), scale_before, fine)
+        self._follow(fine)
+        metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()} | statistics | {"finite": fine}
         kept = slice(self.replay_stride - 1, None, self.replay_stride)
         return self.latents({key: value[:, kept] for key, value in latent.state.items()}, latent.z[:, kept]), metrics
+
+    def _all_finite(
+        self, rows: Tensors, context: Tensors, states: State, losses: Tensors, gradients: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Whether all numbers of an update are, bool ()."""
+        given = {f"row/{key}": value for key, value in rows.items()}
+        given |= {f"latent/{key}": value for key, value in context.items()}
+        named = {key: value for key, value in given.items() if value.is_floating_point()}
+        named |= {f"new state/{key}": value.detach() for key, value in states.items()}
+        named |= {f"loss/{key}": value.detach() for key, value in losses.items()}
+        return self.watch.check(named | dict(zip(self._gradient_names, gradients, strict=True)), given)
+
+    @torch.no_grad()
+    def _follow(self, fine: Tensor) -> None:
+        """Let what copies the learned weights follow them, the slow critic only if the update was fine."""
+        rate = fine * self.config.behavior.slow_rate
+        for slow, weight in zip(self.slow_critic.parameters(), self.behavior.critic.parameters(), strict=True):
+            slow.lerp_(weight, rate)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.frozen_world_model.refresh()
+        self.frozen_actor.refresh()
+        self.frozen_critic.refresh()
 
     @torch.no_grad()
     def _core_statistics(self, states: State, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -358,7 +378,10 @@ class Agent:
     def state_dict(self) -> dict[str, Any]:
         """Everything that learning changes."""
         modules = {name: module.state_dict() for name, module in self._modules().items()}
-        return modules | {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+        return modules | {
+            "optimizer": self.optimizer.state_dict(), "updates": self.updates, "means": self._means.state_dict(),
+            "skipped_in_a_row": self.watch.in_a_row,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state, in place."""
@@ -367,7 +390,9 @@ class Agent:
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
         self._prepare()  # what a core derives from its buffers may have changed
-        self.frozen_actor.refresh()
+        self._refresh()
+        self._means.load_state_dict(state["means"])
+        self.watch.in_a_row.copy_(state["skipped_in_a_row"])
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {
