@@ -304,9 +304,8 @@ class Agent:
     @torch.no_grad()
     def _follow(self, fine: Tensor) -> None:
         """Let what copies the learned weights follow them, the slow critic only if the update was fine."""
-        rate = fine * self.config.behavior.slow_rate
         for slow, weight in zip(self.slow_critic.parameters(), self.behavior.critic.parameters(), strict=True):
-            slow.lerp_(weight, rate)
+            slow.copy_(torch.where(fine, slow.lerp(weight, self.config.behavior.slow_rate), slow))
         self._refresh()
 
     def _refresh(self) -> None:

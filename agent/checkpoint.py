@@ -18,9 +18,7 @@ DIGITS = 16  # of the SHA-256 of a file, in its name
 
 
 def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes directory/step_<12 digits>_<checksum>.pt, then removes what it replaces and all but the newest `keep`.
-
-    What it replaces are checkpoints of this step and of later ones: the run went back behind those.
+    """Writes directory/step_<12 digits>_<checksum>.pt, then removes others of this step and all but the newest `keep`.
 
     Args:
         directory: where checkpoints lie; made if missing.
@@ -37,7 +35,7 @@ def save(directory: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     path = write(directory / f"step_{step:012d}", state)
     with writing(path):
         for other in candidates(directory):
-            if other != path and _step(other) >= step:
+            if other != path and _step(other) == step:
                 other.unlink()
         for surplus in candidates(directory)[keep:]:
             surplus.unlink()
@@ -101,6 +99,14 @@ def recover(
                 raise
             notify(f"{error}; trying the one before")
     return None
+
+
+def set_aside(used: Path) -> None:
+    """Calls the checkpoints that are newer than the one gone on with refused_...: they were passed over."""
+    newer = candidates(used.parent)
+    with writing(used.parent):
+        for path in newer[: newer.index(used)]:
+            path.rename(path.with_name(f"refused_{path.name}"))
 
 
 def best_of(directory: Path) -> Path | None:

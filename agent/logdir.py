@@ -12,6 +12,9 @@ from agent.errors import UserError
 from agent.replay_files import ReplayFiles
 from agent.schema import Config
 
+TEMPORARY = "config.yaml.tmp"
+"""All that a run killed at its very start leaves."""
+
 
 def check(config: Config, logdir: Path) -> None:
     """UserError if `logdir` holds something else than a run of this configuration. Changes nothing on disk."""
@@ -23,7 +26,7 @@ def check(config: Config, logdir: Path) -> None:
                     f"{logdir} holds a run with {key}={held}, and this command asks for {asked}; "
                     "resume with the same command, or give another --logdir"
                 )
-    elif logdir.exists() and any(logdir.iterdir()):
+    elif logdir.exists() and any(path.name != TEMPORARY for path in logdir.iterdir()):
         raise UserError(f"{logdir} is not empty and holds no run (no config.yaml); give another --logdir")
 
 
@@ -65,7 +68,7 @@ def claim(config: Config, logdir: Path) -> None:
     file, text = logdir / "config.yaml", configuration.dump(config)
     try:
         logdir.mkdir(parents=True, exist_ok=True)
-        temporary = logdir / "config.yaml.tmp"  # a full disk must not cost the run its configuration
+        temporary = logdir / TEMPORARY  # a full disk must not cost the run its configuration
         try:
             temporary.write_text(text)
             os.replace(temporary, file)

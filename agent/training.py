@@ -64,8 +64,9 @@ def train(config: Config, logdir: Path) -> None:
     started = time.monotonic()
     device = choose_training_device(config)
     logdirs.check(config, logdir)
-    found = logdirs.find_checkpoint(config, logdir, lambda line: print(line, file=sys.stderr))
-    Run(config, logdir, device, started).go(found)
+    run = Run(config, logdir, device, started)
+    # No name here for what was found: its tensors are mapped from files, which must not outlive their use.
+    run.go(logdirs.find_checkpoint(config, logdir, lambda line: print(line, file=sys.stderr)))
 
 
 class Run:
@@ -114,6 +115,8 @@ class Run:
             if saved:
                 self._restore(saved)
             logdirs.claim(self.config, self.logdir)
+            if found:
+                checkpoint.set_aside(found[0])
             self.logger = MetricsLogger(self.logdir, self.config.log.tensorboard, self.frames)
             self.logger.truncate(saved["metrics_position"] if saved else 0)
             self.line = LiveLine(self.config.steps, self.frames, self.device.type)
@@ -238,13 +241,23 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of everything: a run that goes on from it does what this one does."""
-        assert self.streams is not None
+        directory = self.logdir / "checkpoints"
         mean = sum(self.returns) / len(self.returns) if self.returns else -math.inf
         is_best = mean > self.best
         if self.returns:
             self.best, self.returns = max(self.best, mean), []
-        directory = self.logdir / "checkpoints"
-        state = {
+        try:
+            state = self._state() | {"best": self.best, "is_best": is_best}
+            path = checkpoint.save(directory, self.frames, state, self.config.checkpoint.keep)
+            if is_best:
+                checkpoint.keep_as_best(path)
+            self.saved_frames = self.frames
+        finally:  # a full disk gets back what was written in vain
+            self.replay_files.sweep(checkpoint.candidates(directory))
+
+    def _state(self) -> dict[str, Any]:
+        assert self.streams is not None
+        return {
             "run": logdirs.identity(self.config),
             "platform": platform(self.device),
             "agent": self.agent.state_dict(),
@@ -255,15 +268,8 @@ class Run:
             "random": random_state(),
             "rows": self.rows,
             "episodes": self.episodes,
-            "best": self.best,
-            "is_best": is_best,
             "metrics_position": self.logger.position(),
         }
-        path = checkpoint.save(directory, self.frames, state, self.config.checkpoint.keep)
-        if is_best:
-            checkpoint.keep_as_best(path)
-        self.replay_files.sweep(checkpoint.candidates(directory))
-        self.saved_frames = self.frames
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         self.rows, self.episodes, self.best = saved["rows"], saved["episodes"], saved["best"]
