@@ -50,7 +50,7 @@ class Watch:
         first = ~fine & (self._most_in_a_row == 0)
         for key, kept in self._batch.items():
             kept.copy_(torch.where(first, batch[key], kept))
-        self.in_a_row.copy_(torch.where(fine, 0, self.in_a_row + 1))
+        self.in_a_row.copy_((self.in_a_row + 1) * ~fine)
         self._most_in_a_row.copy_(torch.maximum(self._most_in_a_row, self.in_a_row))
         return fine
 

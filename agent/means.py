@@ -22,7 +22,8 @@ class Means:
             self._names = list(metrics)
             self._sums = torch.zeros(len(metrics) + 1, device=self._device)
         numbers = [metrics[name].float() for name in self._names]
-        self._sums += torch.where(fine, torch.stack([*numbers, torch.ones_like(numbers[0])]), 0)
+        told = torch.stack([*numbers, torch.ones_like(numbers[0])])
+        self._sums += torch.where(fine, told, torch.zeros_like(told))
         self._amount += 1
 
     def take(self) -> dict[str, float]:

