@@ -137,6 +137,28 @@ def test_restored_streams_go_on_as_if_never_stopped(parallel, saved_at):
     assert ends[1:] == finished[saved_at + 1 :]
 
 
+@pytest.mark.parametrize("task", ["walker_walk", "finger_turn_hard"])
+def test_physics_are_lived_through_again(task):
+    """From a simulation that has played other episodes before, by one that has not."""
+    pytest.importorskip("dm_control")
+    whole = Streams(f"dmc_{task}", 2, parallel=False, seed=3, action_repeat=2, time_limit=15)
+    resumed = Streams(f"dmc_{task}", 2, parallel=False, seed=3, action_repeat=2, time_limit=15)
+    random = np.random.default_rng(0)
+    whole.reset()
+    for _ in range(40):
+        whole.send(random.uniform(-1, 1, (2, *whole.action_space.shape)).astype(np.float32))
+        whole.receive()
+    _, cut = resumed.restore(whole.state_dict())
+    assert cut == [] and min(whole._lengths) > 5
+    for _ in range(20):
+        actions = random.uniform(-1, 1, (2, *whole.action_space.shape)).astype(np.float32)
+        whole.send(actions)
+        resumed.send(actions)
+        expected, row = whole.receive(), resumed.receive()
+        for key in expected:
+            np.testing.assert_array_equal(row[key], expected[key], err_msg=key)
+
+
 def test_every_episode_has_a_seed_of_its_own():
     streams = Streams("gym_Tiny-v0", 2, parallel=False, seed=0)
     rows = collect(streams, 40)
