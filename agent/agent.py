@@ -19,6 +19,8 @@ from agent.compiler import compiled
 from agent.cores import State
 from agent.distributions import one_hot
 from agent.errors import UserError
+from agent.finite import Watch, restore
+from agent.means import Means
 from agent.networks import Frozen, parameter_count
 from agent.optimizer import LaProp
 from agent.replay import Replay, Spec
@@ -76,6 +78,10 @@ class Agent:
         self.parameters = [*modelled, *behaving]
         of_core = {id(parameter) for parameter in self.world_model.rssm.core.parameters()}
         self._core_places = [place for place, one in enumerate(modelled) if id(one) in of_core]
+        parts = {"world_model": self.world_model, "behavior": self.behavior}
+        self._gradient_names = [
+            f"gradient/{part}.{name}" for part, module in parts.items() for name, _ in module.named_parameters()
+        ]
         share = (config.optimizer.behavior_lr or config.optimizer.lr) / config.optimizer.lr
         shares = [1.0] * len(modelled) + [share] * len(behaving)
         self.optimizer = LaProp(self.parameters, config.optimizer, shares if share != 1 else None)
@@ -90,6 +96,8 @@ class Agent:
         ).to(device).requires_grad_(False)  # fmt: skip
         self.slow_critic.load_state_dict(self.behavior.critic.state_dict())
 
+        self.watch = Watch(device)
+        self._means = Means(device)
         self._captures = on_gpu and self.mode != "eager"
         self._replay: Replay | None = None
         self.updates = 0
@@ -108,9 +116,6 @@ class Agent:
         self._optimize = region(self._optimized)
         self._act = self._on_device(self._act_eagerly)
         self._update: Callable[[Tensors], Tensors] | None = None
-        self._metric_names: list[str] = []
-        self._metric_sums = torch.zeros(0, device=self.device)
-        self._metric_count = 0
         if self._replay is not None:
             self.attach(self._replay)
 
@@ -194,7 +199,7 @@ class Agent:
 
             def update(inputs: Tensors) -> Tensors:
                 latents, metrics = self._learn(*replay.gather(inputs["index"]))
-                replay.write_back(inputs["index"], latents)
+                replay.write_back(inputs["index"], latents, metrics["finite"])
                 return metrics
 
             self._update = self._on_device(update)
@@ -207,8 +212,10 @@ class Agent:
             given = {f"row/{key}": value for key, value in rows.items()}
             given |= {f"latent/{key}": value for key, value in latents.items()}
             results = learn(given)
-            replay.write_back(inputs["index"], {k: v.cpu() for k, v in _part(results, "latent").items()})
-            return _part(results, "metric")
+            metrics = _part(results, "metric")
+            fresh = {k: v.cpu() for k, v in _part(results, "latent").items()}
+            replay.write_back(inputs["index"], fresh, metrics["finite"].cpu())
+            return metrics
 
         self._update = update_from_host
 
@@ -221,20 +228,14 @@ class Agent:
         assert self._update is not None, "attach a replay first"
         metrics = self._update({"index": index})
         self.updates += 1
-        if not self._metric_names:
-            self._metric_names = list(metrics)
-            self._metric_sums = torch.zeros(len(metrics), device=self.device)
-        self._metric_sums += torch.stack([metrics[name].float() for name in self._metric_names])
-        self._metric_count += 1
+        self._means.add({name: number for name, number in metrics.items() if name != "finite"}, metrics["finite"])
 
     def take_metrics(self) -> dict[str, float]:
-        """Means of what the updates since the last call reported; waits for the device. Empty if there were none."""
-        if not self._metric_count:
-            return {}
-        means = (self._metric_sums / self._metric_count).tolist()
-        self._metric_sums.zero_()
-        self._metric_count = 0
-        return dict(zip(self._metric_names, means, strict=True))
+        """Means of what the updates since the last call reported; waits for the device. Empty if there were none.
+
+        `skipped_updates` says how many of them changed nothing, as a number in them was not finite.
+        """
+        return self._means.take()
 
     def schedule(self, metrics: Mapping[str, float]) -> None:
         """Let the core change with training, given the metrics just taken; what was captured is dropped if need be."""
@@ -244,23 +245,27 @@ class Agent:
     def _learn(
         self, rows: dict[str, Tensor], context: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One update of everything, in place.
+        """One update of everything, in place; of nothing, if a number in it is not finite.
 
         Args:
             rows: (B, 1 + T, ...): one row of context, then those to learn from.
             context: latents of the context row (B, ...).
 
         Returns:
-            Fresh latents of the steps that replay keeps, (B, K, ...), and metrics (numbers).
+            Fresh latents of the steps that replay keeps, (B, K, ...), and metrics (numbers), with `finite` (bool).
         """
         # Noise is drawn between the compiled regions, so that it is the same however the update runs.
         uniform = torch.rand(*rows["is_first"][:, 1:].shape, self.world_model.rssm.groups, device=self.device)
+        scale_before = [buffer.clone() for buffer in self.normalizer.buffers()]
         batch, z, known = self._know(rows, context["z"], uniform)
         posterior = self._run(_part(context, "state"), z, known)
         feature, action = self._imagine(posterior.latent)
         total, latents, metrics = self._evaluate(batch, posterior, feature, action)
         gradients = torch.autograd.grad(total, self.parameters)
-        return latents, metrics | self._optimize(list(gradients))
+        fine = self._all_finite(rows, context, posterior.latent.state, _part(metrics, "loss"), gradients)
+        metrics |= self._optimize(list(gradients), fine)
+        restore(list(self.normalizer.buffers()), scale_before, fine)
+        return latents, metrics | {"finite": fine}
 
     def _known(self, rows: dict[str, Tensor], index: Tensor, uniform: Tensor) -> tuple[Batch, Tensor, Known]:
         """Region: what comes before the memory. Codes `index` (B, G) of the context, noise `uniform` (B, T, G)."""
@@ -296,16 +301,35 @@ class Agent:
         kept = slice(self.replay_stride - 1, None, self.replay_stride)
         return total, self.latents({k: v[:, kept] for k, v in latent.state.items()}, latent.z[:, kept]), metrics
 
+    def _all_finite(
+        self, rows: Tensors, context: Tensors, states: State, losses: Tensors, gradients: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Whether all numbers of an update are, bool ()."""
+        given = {f"row/{key}": value for key, value in rows.items()}
+        given |= {f"latent/{key}": value for key, value in context.items()}
+        named = {key: value for key, value in given.items() if value.is_floating_point()}
+        named |= {f"new state/{key}": value.detach() for key, value in states.items()}
+        named |= {f"loss/{key}": value.detach() for key, value in losses.items()}
+        return self.watch.check(named | dict(zip(self._gradient_names, gradients, strict=True)), given)
+
     @torch.no_grad()
-    def _optimized(self, gradients: list[Tensor]) -> dict[str, Tensor]:
-        """Region: new weights, those of slow critic and frozen twins included, and statistics of the gradients."""
+    def _follow(self, fine: Tensor) -> None:
+        """Let what copies the learned weights follow them, the slow critic only if the update was fine."""
+        for slow, weight in zip(self.slow_critic.parameters(), self.behavior.critic.parameters(), strict=True):
+            slow.copy_(torch.where(fine, slow.lerp(weight, self.config.behavior.slow_rate), slow))
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.frozen_world_model.refresh()
+        self.frozen_actor.refresh()
+        self.frozen_critic.refresh()
+
+    @torch.no_grad()
+    def _optimized(self, gradients: list[Tensor], fine: Tensor) -> dict[str, Tensor]:
+        """Region: new weights if the update was fine, those of slow critic and frozen twins too; gradients' norms."""
         norms = torch.stack(torch._foreach_norm([gradients[place] for place in self._core_places]))
-        statistics = {"core/gradient_norm": norms.square().sum().sqrt()} | self.optimizer.step(gradients)
-        slow: list[Tensor] = [*self.slow_critic.parameters()]
-        critic: list[Tensor] = [*self.behavior.critic.parameters()]
-        torch._foreach_lerp_(slow, critic, self.config.behavior.slow_rate)
-        for twin in (self.frozen_world_model, self.frozen_actor, self.frozen_critic):
-            twin.refresh()
+        statistics = {"core/gradient_norm": norms.square().sum().sqrt()} | self.optimizer.step(gradients, fine)
+        self._follow(fine)
         return statistics
 
     @torch.no_grad()
@@ -374,7 +398,10 @@ class Agent:
     def state_dict(self) -> dict[str, Any]:
         """Everything that learning changes."""
         modules = {name: module.state_dict() for name, module in self._modules().items()}
-        return modules | {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+        return modules | {
+            "optimizer": self.optimizer.state_dict(), "updates": self.updates, "means": self._means.state_dict(),
+            "skipped_in_a_row": self.watch.in_a_row,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state, in place."""
@@ -383,8 +410,9 @@ class Agent:
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
         self._prepare()  # what a core derives from its buffers may have changed
-        self.frozen_actor.refresh()
-        self.frozen_critic.refresh()
+        self._refresh()
+        self._means.load_state_dict(state["means"])
+        self.watch.in_a_row.copy_(state["skipped_in_a_row"])
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {

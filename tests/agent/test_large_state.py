@@ -236,7 +236,7 @@ def test_metrics_tell_of_the_core(make: Make, monkeypatch: pytest.MonkeyPatch) -
     core, seen = agent.world_model.rssm.core, {}
     windows = torch.tensor([[0, 1], [8, 24]])
 
-    def optimize(gradients: list[Tensor]) -> dict[str, Tensor]:
+    def optimize(gradients: list[Tensor], fine: Tensor) -> dict[str, Tensor]:
         of = dict(zip(map(id, agent.parameters), gradients, strict=True))
         seen["gradient"] = torch.cat([of[id(parameter)].flatten() for parameter in core.parameters()]).norm().item()
         return {}
@@ -316,6 +316,7 @@ def test_a_run_keeps_heads_says_so_and_goes_on(
     assert "GiB states of the heads of sequences only, one step in 8" in told
     saved = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))  # type: ignore[arg-type]
     assert saved["rows"] == 115
-    tensors = saved["replay"]["tensors"]
+    assert saved["replay"]["chunks"] == []
+    tensors = checkpoint.load(tmp_path / "checkpoints" / "replay" / saved["replay"]["latest"])["tensors"]
     assert tensors["reward"].shape[1] == 115 and tensors["state/M"].shape[1] == 15
     assert saved["agent"]["world_model"]["rssm.core.doubled"]
