@@ -15,8 +15,12 @@ from agent.behavior import (
     replay_value_loss,
 )
 from agent.capture import Captured, Tensors
+from agent.compiler import compiled
 from agent.cores import State
+from agent.distributions import one_hot
 from agent.errors import UserError
+from agent.finite import Watch, restore
+from agent.means import Means
 from agent.networks import Frozen, parameter_count
 from agent.optimizer import LaProp
 from agent.replay import Replay, Spec
@@ -25,7 +29,7 @@ from agent.spaces import Vector, from_gymnasium
 from agent.world_model import Batch, WorldModel
 from agent.world_model.encoder import Observation
 from agent.world_model.heads import TwoHotHead
-from agent.world_model.rssm import Latent
+from agent.world_model.rssm import Known, Latent, Posterior
 
 FLAGS: dict[str, Spec] = {
     "reward": ((), torch.float32),
@@ -72,6 +76,12 @@ class Agent:
         self.normalizer = ReturnNormalizer(config.behavior).to(device)
         modelled, behaving = list(self.world_model.parameters()), list(self.behavior.parameters())
         self.parameters = [*modelled, *behaving]
+        of_core = {id(parameter) for parameter in self.world_model.rssm.core.parameters()}
+        self._core_places = [place for place, one in enumerate(modelled) if id(one) in of_core]
+        parts = {"world_model": self.world_model, "behavior": self.behavior}
+        self._gradient_names = [
+            f"gradient/{part}.{name}" for part, module in parts.items() for name, _ in module.named_parameters()
+        ]
         share = (config.optimizer.behavior_lr or config.optimizer.lr) / config.optimizer.lr
         shares = [1.0] * len(modelled) + [share] * len(behaving)
         self.optimizer = LaProp(self.parameters, config.optimizer, shares if share != 1 else None)
@@ -86,6 +96,8 @@ class Agent:
         ).to(device).requires_grad_(False)  # fmt: skip
         self.slow_critic.load_state_dict(self.behavior.critic.state_dict())
 
+        self.watch = Watch(device)
+        self._means = Means(device)
         self._captures = on_gpu and self.mode != "eager"
         self._replay: Replay | None = None
         self.updates = 0
@@ -94,16 +106,16 @@ class Agent:
     def _prepare(self) -> None:
         """Twin of the world model, compiled regions, captured graphs: what is made anew when its code path changes."""
         self.frozen_world_model = Frozen(self.world_model, self.dtype)
-        compiled = _compiled if self.mode == "full" else _as_it_is
-        self._chain = compiled(self.frozen_world_model.module.rssm.scan_step)
-        self._batched = compiled(self.world_model.rssm.scan_step)
-        self._imagine_step = compiled(self._imagined_step)
-        self._optimize = compiled(self.optimizer.step)
+        rssm, region = self.world_model.rssm, compiled if self.mode == "full" else _as_it_is
+        self._know = region(self._known)
+        self._chain = region(self.frozen_world_model.module.rssm.scan_step)
+        self._batched = region(rssm.scan_step)
+        self._run = region(rssm.run) if rssm.runs_in_parallel else self._run_through_time
+        self._imagine_step = region(self._imagined_step)
+        self._evaluate = region(self._losses)
+        self._optimize = region(self._optimized)
         self._act = self._on_device(self._act_eagerly)
         self._update: Callable[[Tensors], Tensors] | None = None
-        self._metric_names: list[str] = []
-        self._metric_sums = torch.zeros(0, device=self.device)
-        self._metric_count = 0
         if self._replay is not None:
             self.attach(self._replay)
 
@@ -187,7 +199,7 @@ class Agent:
 
             def update(inputs: Tensors) -> Tensors:
                 latents, metrics = self._learn(*replay.gather(inputs["index"]))
-                replay.write_back(inputs["index"], latents)
+                replay.write_back(inputs["index"], latents, metrics["finite"])
                 return metrics
 
             self._update = self._on_device(update)
@@ -200,8 +212,10 @@ class Agent:
             given = {f"row/{key}": value for key, value in rows.items()}
             given |= {f"latent/{key}": value for key, value in latents.items()}
             results = learn(given)
-            replay.write_back(inputs["index"], {k: v.cpu() for k, v in _part(results, "latent").items()})
-            return _part(results, "metric")
+            metrics = _part(results, "metric")
+            fresh = {k: v.cpu() for k, v in _part(results, "latent").items()}
+            replay.write_back(inputs["index"], fresh, metrics["finite"].cpu())
+            return metrics
 
         self._update = update_from_host
 
@@ -214,20 +228,14 @@ class Agent:
         assert self._update is not None, "attach a replay first"
         metrics = self._update({"index": index})
         self.updates += 1
-        if not self._metric_names:
-            self._metric_names = list(metrics)
-            self._metric_sums = torch.zeros(len(metrics), device=self.device)
-        self._metric_sums += torch.stack([metrics[name].float() for name in self._metric_names])
-        self._metric_count += 1
+        self._means.add({name: number for name, number in metrics.items() if name != "finite"}, metrics["finite"])
 
     def take_metrics(self) -> dict[str, float]:
-        """Means of what the updates since the last call reported; waits for the device. Empty if there were none."""
-        if not self._metric_count:
-            return {}
-        means = (self._metric_sums / self._metric_count).tolist()
-        self._metric_sums.zero_()
-        self._metric_count = 0
-        return dict(zip(self._metric_names, means, strict=True))
+        """Means of what the updates since the last call reported; waits for the device. Empty if there were none.
+
+        `skipped_updates` says how many of them changed nothing, as a number in them was not finite.
+        """
+        return self._means.take()
 
     def schedule(self, metrics: Mapping[str, float]) -> None:
         """Let the core change with training, given the metrics just taken; what was captured is dropped if need be."""
@@ -237,71 +245,97 @@ class Agent:
     def _learn(
         self, rows: dict[str, Tensor], context: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One update of everything, in place.
+        """One update of everything, in place; of nothing, if a number in it is not finite.
 
         Args:
             rows: (B, 1 + T, ...): one row of context, then those to learn from.
             context: latents of the context row (B, ...).
 
         Returns:
-            Fresh latents of the steps that replay keeps, (B, K, ...), and metrics (numbers).
+            Fresh latents of the steps that replay keeps, (B, K, ...), and metrics (numbers), with `finite` (bool).
         """
-        config, model, rssm = self.config, self.world_model, self.world_model.rssm
-        self.frozen_world_model.refresh()
-        self.frozen_actor.refresh()
-        self.frozen_critic.refresh()
-        batch = self._batch(rows)
-        z = torch.nn.functional.one_hot(context["z"].long(), rssm.classes).float()
-        uniform = torch.rand(*batch.first.shape, rssm.groups, device=self.device)
-        token = model.encoder(batch.observation, self.dtype)
-        posterior = rssm.observe(
-            _part(context, "state"),
-            z,
-            batch.previous_action,
-            batch.first,
-            token,
-            uniform,
-            self._chain,
-            self._batched,
-        )
-        latent = posterior.latent
-        feature = rssm.feature(latent, self.dtype)  # (B, T, F)
-        losses, statistics = model.losses(batch, posterior, feature)
+        # Noise is drawn between the compiled regions, so that it is the same however the update runs.
+        uniform = torch.rand(*rows["is_first"][:, 1:].shape, self.world_model.rssm.groups, device=self.device)
+        scale_before = [buffer.clone() for buffer in self.normalizer.buffers()]
+        batch, z, known = self._know(rows, context["z"], uniform)
+        posterior = self._run(_part(context, "state"), z, known)
+        feature, action = self._imagine(posterior.latent)
+        total, latents, metrics = self._evaluate(batch, posterior, feature, action)
+        gradients = torch.autograd.grad(total, self.parameters)
+        fine = self._all_finite(rows, context, posterior.latent.state, _part(metrics, "loss"), gradients)
+        metrics |= self._optimize(list(gradients), fine)
+        restore(list(self.normalizer.buffers()), scale_before, fine)
+        return latents, metrics | {"finite": fine}
 
-        imagined = self._imagine(latent)
+    def _known(self, rows: dict[str, Tensor], index: Tensor, uniform: Tensor) -> tuple[Batch, Tensor, Known]:
+        """Region: what comes before the memory. Codes `index` (B, G) of the context, noise `uniform` (B, T, G)."""
+        batch, rssm = self._batch(rows), self.world_model.rssm
+        z = one_hot(index, rssm.classes)
+        token = self.world_model.encoder(batch.observation, self.dtype)
+        return batch, z, rssm.know(z, batch.previous_action, batch.first, token, uniform)
+
+    def _run_through_time(self, state: State, z: Tensor, known: Known) -> Posterior:
+        return self.world_model.rssm.run(state, z, known, self._chain, self._batched)
+
+    def _losses(
+        self, batch: Batch, posterior: Posterior, imagined_feature: Tensor, imagined_action: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Region: everything after imagination. The number to descend, the latents that replay keeps, and metrics."""
+        config, model, latent = self.config, self.world_model, posterior.latent
+        feature = model.rssm.feature(latent, self.dtype)  # (B, T, F)
+        losses, statistics = model.losses(batch, posterior, feature)
+        imagined = self._judged(imagined_feature, imagined_action)
         behavior = imagination_loss(
             self.behavior, self.frozen_critic.module, self.slow_critic, self.normalizer, imagined, config.behavior
         )
-        losses |= behavior.losses
         bootstrap = behavior.returns[0].view(batch.reward.shape)  # the return that starts at each real state
+        losses |= behavior.losses
         losses["replay_value"] = replay_value_loss(
             self.behavior, self.slow_critic, feature.transpose(0, 1),
             batch.reward.T, batch.last.T, batch.terminal.T, bootstrap.T, config.behavior,
         )  # fmt: skip
-
         means = {name: loss.mean() for name, loss in losses.items()}
         total = torch.stack([getattr(config.loss, name) * mean for name, mean in means.items()]).sum()
-        gradients = torch.autograd.grad(total, self.parameters)
-        statistics |= self._core_statistics(latent.state, gradients)
-        statistics |= self._optimize(list(gradients)) | behavior.statistics
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.slow_critic.parameters()),
-                list(self.behavior.critic.parameters()),
-                config.behavior.slow_rate,
-            )
-        metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()} | statistics
+        metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()} | statistics | behavior.statistics
+        metrics |= self._core_diagnostics(latent.state)
         kept = slice(self.replay_stride - 1, None, self.replay_stride)
-        return self.latents({key: value[:, kept] for key, value in latent.state.items()}, latent.z[:, kept]), metrics
+        return total, self.latents({k: v[:, kept] for k, v in latent.state.items()}, latent.z[:, kept]), metrics
+
+    def _all_finite(
+        self, rows: Tensors, context: Tensors, states: State, losses: Tensors, gradients: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Whether all numbers of an update are, bool ()."""
+        given = {f"row/{key}": value for key, value in rows.items()}
+        given |= {f"latent/{key}": value for key, value in context.items()}
+        named = {key: value for key, value in given.items() if value.is_floating_point()}
+        named |= {f"new state/{key}": value.detach() for key, value in states.items()}
+        named |= {f"loss/{key}": value.detach() for key, value in losses.items()}
+        return self.watch.check(named | dict(zip(self._gradient_names, gradients, strict=True)), given)
 
     @torch.no_grad()
-    def _core_statistics(self, states: State, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Of the core: its diagnostics after the last step of (B, T, ...), the norm of its parameters' gradients."""
-        core = self.world_model.rssm.core
-        numbers = core.diagnostics({key: value[:, -1].detach() for key, value in states.items()})
-        own = {id(parameter) for parameter in core.parameters()}
-        of_core = [g for parameter, g in zip(self.parameters, gradients, strict=True) if id(parameter) in own]
-        numbers["gradient_norm"] = torch.stack(torch._foreach_norm(of_core)).norm()
+    def _follow(self, fine: Tensor) -> None:
+        """Let what copies the learned weights follow them, the slow critic only if the update was fine."""
+        for slow, weight in zip(self.slow_critic.parameters(), self.behavior.critic.parameters(), strict=True):
+            slow.copy_(torch.where(fine, slow.lerp(weight, self.config.behavior.slow_rate), slow))
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.frozen_world_model.refresh()
+        self.frozen_actor.refresh()
+        self.frozen_critic.refresh()
+
+    @torch.no_grad()
+    def _optimized(self, gradients: list[Tensor], fine: Tensor) -> dict[str, Tensor]:
+        """Region: new weights if the update was fine, those of slow critic and frozen twins too; gradients' norms."""
+        norms = torch.stack(torch._foreach_norm([gradients[place] for place in self._core_places]))
+        statistics = {"core/gradient_norm": norms.square().sum().sqrt()} | self.optimizer.step(gradients, fine)
+        self._follow(fine)
+        return statistics
+
+    @torch.no_grad()
+    def _core_diagnostics(self, states: State) -> dict[str, Tensor]:
+        """What the core says of its memory after the last step of (B, T, ...)."""
+        numbers = self.world_model.rssm.core.diagnostics({key: value[:, -1].detach() for key, value in states.items()})
         return {f"core/{name}": number for name, number in numbers.items()}
 
     def _batch(self, rows: dict[str, Tensor]) -> Batch:
@@ -313,26 +347,32 @@ class Agent:
             later["reward"], later["is_first"], later["is_last"], later["is_terminal"],
         )  # fmt: skip
 
-    def _imagine(self, start: Latent) -> Imagined:
-        """Act in imagination from every state of a batch, (B, T, ...): H steps from N = B * T states."""
-        with torch.set_grad_enabled(self.through_model):
-            return self._imagined(start)
+    def _imagine(self, start: Latent) -> tuple[Tensor, Tensor]:
+        """Act in imagination from every state of a batch, (B, T, ...): H steps from N = B * T states.
 
-    def _imagined(self, start: Latent) -> Imagined:
-        horizon, model = self.config.behavior.imagination_horizon, self.frozen_world_model.module
+        Returns:
+            Features (H + 1, N, F) and actions (H, N, A); gradients lead back to the actor where it learns through them.
+        """
+        horizon, rssm = self.config.behavior.imagination_horizon, self.frozen_world_model.module.rssm
         state = {key: value.detach().flatten(0, 1) for key, value in start.state.items()}
         h, z = start.h.detach().flatten(0, 1), start.z.detach().flatten(0, 1)
         action_noise = self.action.noise((horizon, h.shape[0]), self.device)
-        uniform = torch.rand(horizon, h.shape[0], model.rssm.groups, device=self.device)
+        uniform = torch.rand(horizon, h.shape[0], rssm.groups, device=self.device)
         features, actions = [], []
-        for t in range(horizon):
-            feature, action, (state, h, z) = self._imagine_step(state, h, z, action_noise[t], uniform[t])
-            features.append(feature)
-            actions.append(action)
-        features.append(model.rssm.feature(Latent(state, h, z), self.dtype))
-        stacked = torch.stack(features)
-        reward = model.reward.mean(model.reward(stacked))
-        return Imagined(stacked, torch.stack(actions), reward, model.continuation.probability(stacked))
+        with torch.set_grad_enabled(self.through_model):
+            for t in range(horizon):
+                feature, action, (state, h, z) = self._imagine_step(state, h, z, action_noise[t], uniform[t])
+                features.append(feature)
+                actions.append(action)
+            features.append(rssm.feature(Latent(state, h, z), self.dtype))
+            return torch.stack(features), torch.stack(actions)
+
+    def _judged(self, feature: Tensor, action: Tensor) -> Imagined:
+        """Features (H + 1, N, F) and actions (H, N, A) with what the frozen model's heads say of them."""
+        model = self.frozen_world_model.module
+        with torch.set_grad_enabled(self.through_model):
+            reward = model.reward.mean(model.reward(feature))
+            return Imagined(feature, action, reward, model.continuation.probability(feature))
 
     def _imagined_step(
         self, state: State, h: Tensor, z: Tensor, action_noise: Tensor, uniform: Tensor
@@ -358,7 +398,10 @@ class Agent:
     def state_dict(self) -> dict[str, Any]:
         """Everything that learning changes."""
         modules = {name: module.state_dict() for name, module in self._modules().items()}
-        return modules | {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+        return modules | {
+            "optimizer": self.optimizer.state_dict(), "updates": self.updates, "means": self._means.state_dict(),
+            "skipped_in_a_row": self.watch.in_a_row,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state, in place."""
@@ -367,7 +410,9 @@ class Agent:
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
         self._prepare()  # what a core derives from its buffers may have changed
-        self.frozen_actor.refresh()
+        self._refresh()
+        self._means.load_state_dict(state["means"])
+        self.watch.in_a_row.copy_(state["skipped_in_a_row"])
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {
@@ -381,10 +426,6 @@ class Agent:
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries called `prefix/...`, without the prefix."""
     return {key.removeprefix(f"{prefix}/"): value for key, value in tensors.items() if key.startswith(f"{prefix}/")}
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:

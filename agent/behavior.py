@@ -65,12 +65,22 @@ def lambda_return(reward: Tensor, live: Tensor, bootstrap: Tensor, last: Tensor,
     keep = (1 - last.to(reward.dtype)) * return_lambda
     interim = reward + live * (1 - keep) * bootstrap
     decay = live * keep
-    value = bootstrap[-1]
-    returns = []
-    for t in range(reward.shape[0] - 1, 0, -1):
-        value = interim[t] + decay[t] * value
-        returns.append(value)
-    return torch.stack(returns[::-1])
+    interim = torch.cat([interim[1:-1], interim[-1:] + decay[-1:] * bootstrap[-1:]])
+    return _suffix_sums(interim, decay[1:])
+
+
+def _suffix_sums(x: Tensor, decay: Tensor) -> Tensor:
+    """The y (H, ...) with y_t = x_t + decay_t * y_{t+1} and y_H = x_H.
+
+    Every round doubles how many terms each sum has, so that there are log2(H) rounds of a few operations, where a loop
+    over time has H.
+    """
+    reach = 1
+    while reach < x.shape[0]:
+        x = torch.cat([x[:-reach] + decay[:-reach] * x[reach:], x[-reach:]])
+        decay = torch.cat([decay[:-reach] * decay[reach:], decay[-reach:]])
+        reach *= 2
+    return x
 
 
 class ReturnNormalizer(nn.Module):

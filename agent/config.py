@@ -26,7 +26,7 @@ SECTIONS: dict[str, type[Any]] = {
 }
 OPEN = "env.options"
 """The key under which any further key may stand: what is right there, the environment knows."""
-CHANGEABLE = ("steps", "device", "compile", "log", "checkpoint")
+CHANGEABLE = ("steps", "device", "compile", "deterministic", "log", "checkpoint", "train.max_skipped")
 """The keys and sections that may differ when a run is resumed."""
 
 Values = dict[str, Any]
@@ -128,14 +128,19 @@ def dump(config: Config) -> str:
 
 def differences(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
     """The dotted keys whose values differ, with both values; a key that one side lacks is None there."""
-    left, right = dict(_flatten(_nested(a))), dict(_flatten(_nested(b)))
+    left, right = flat(a), flat(b)
     pairs = [(key, left.get(key), right.get(key)) for key in left | right]
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
+def flat(config: Config) -> Values:
+    """All settings by dotted key."""
+    return dict(_flatten(_nested(config)))
+
+
 def may_change_on_resume(key: str) -> bool:
     """Whether a run may go on with another value of this dotted key."""
-    return key.split(".")[0] in CHANGEABLE
+    return key in CHANGEABLE or key.split(".")[0] in CHANGEABLE
 
 
 def parse_value(text: str, name: str) -> Any:

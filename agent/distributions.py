@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,12 +59,22 @@ def unimix_log_probs(logits: Tensor, unimix: float) -> Tensor:
     return (logits.softmax(-1) * (1 - unimix) + unimix / logits.shape[-1]).log()
 
 
+def one_hot(index: Tensor, classes: int) -> Tensor:
+    """Index (...) of any integer type -> (..., classes) in fp32.
+
+    By comparison, in one kernel: `torch.nn.functional.one_hot` takes int64, and checks its range in another.
+    """
+    return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).float()
+
+
 def categorical_sample(probs: Tensor, uniform: Tensor) -> Tensor:
     """One-hot samples (..., C) in the dtype of `probs` (..., C), by inversion of `uniform` (...) in [0, 1)."""
     cumulative = probs.detach().cumsum(-1)
-    # Scaled by the last sum and not by 1, since rounding can leave that sum below the largest uniform number.
-    index = (cumulative <= uniform.unsqueeze(-1) * cumulative[..., -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
-    return F.one_hot(index, probs.shape[-1]).to(probs.dtype)
+    # Scaled by the largest sum and not by 1, since rounding can leave it below the largest uniform number. `amax` and
+    # not the last element, since only so is all of this one compiled kernel.
+    beyond = cumulative <= uniform.unsqueeze(-1) * cumulative.amax(-1, keepdim=True)
+    index = beyond.sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
+    return one_hot(index.squeeze(-1), probs.shape[-1]).to(probs.dtype)
 
 
 def straight_through(sample: Tensor, probs: Tensor) -> Tensor:
@@ -131,7 +140,7 @@ class CategoricalPolicy:
 
     def mode(self) -> Tensor:
         """The most likely action, one-hot (..., sum of sizes)."""
-        modes = [F.one_hot(log_p.argmax(-1), log_p.shape[-1]).to(log_p.dtype) for log_p in self.log_probs]
+        modes = [one_hot(log_p.argmax(-1), log_p.shape[-1]) for log_p in self.log_probs]
         return torch.cat(modes, -1)
 
     def log_prob(self, action: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A trained agent on its environment: returns of whole episodes, and a video of one."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +18,16 @@ from agent.training import choose_training_device, tensors
 from envs.streams import Finished, Streams
 
 
-def load(logdir: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto", render: bool = False) -> Agent:
-    """The agent of the newest checkpoint in `logdir`, ready to act.
+def load(
+    logdir: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto", render: bool = False, best: bool = False
+) -> Agent:
+    """The agent of the newest sound checkpoint in `logdir`, ready to act.
 
     Args:
         logdir: folder of a training run.
         device: where the agent is to live.
         render: prepare for `record`. A process chooses once whether dm_control renders, at its first environment.
+        best: take the checkpoint before which the mean return of training was highest instead.
 
     Raises:
         UserError: there is no run or no checkpoint, or it is damaged.
@@ -32,13 +36,15 @@ def load(logdir: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto", re
     logdir = Path(logdir)
     if not (logdir / "config.yaml").exists():
         raise UserError(f"{logdir} holds no run (no config.yaml); give the --logdir of a training run")
-    path = checkpoint.latest(logdir / "checkpoints")
+    directory = logdir / "checkpoints"
+    path = checkpoint.best_of(directory) if best else checkpoint.latest(directory)
     if path is None:
         raise UserError(f"{logdir} holds no checkpoint yet; let its training run a while, or stop it with Ctrl-C")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: use auto, cpu or cuda")
     config = dataclasses.replace(configuration.load(logdir / "config.yaml"), device=device, compile="eager")
-    saved = checkpoint.load(path)
+    found = None if best else checkpoint.recover(directory, lambda line: print(line, file=sys.stderr))
+    saved = found[1] if found else checkpoint.load(path)
     env = envs.make(
         config.env.name,
         action_repeat=config.env.action_repeat,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any, SupportsFloat, TextIO
 
 from tqdm import tqdm
 
-from agent.errors import UserError
+from agent.errors import UserError, writing
 
 RATE_WINDOW = 30.0
 """Seconds over which rates are measured."""
@@ -29,32 +30,36 @@ class MetricsLogger:
         start_step: environment frames at which the run starts or resumes; TensorBoard drops what came later.
 
     Raises:
-        UserError: TensorBoard is wanted and not installed.
+        UserError: TensorBoard is wanted and not installed, or the files cannot be written, now or later.
     """
 
     def __init__(self, logdir: Path, tensorboard: bool, start_step: int = 0) -> None:
-        self._events: Any = _event_writer(logdir, start_step) if tensorboard else None
-        logdir.mkdir(parents=True, exist_ok=True)
-        self._file = (logdir / "metrics.jsonl").open("ab")
+        self._path = logdir / "metrics.jsonl"
+        with writing(self._path):
+            self._events: Any = _event_writer(logdir, start_step) if tensorboard else None
+            logdir.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """One line: `step` in environment frames, then the metrics. JSON has no NaN, so that one is "nan"."""
         values = {name: float(value) for name, value in metrics.items()}
         line = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step} | line).encode() + b"\n")
-        self._file.flush()
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+        left = json.dumps({"step": step} | line).encode() + b"\n"
+        with writing(self._path):
+            while left:  # a disk that is nearly full takes a part, and refuses the rest
+                left = left[self._file.write(left) :]
+            if self._events is not None:
+                for name, value in values.items():
+                    self._events.add_scalar(name, value, step)
 
     def position(self) -> int:
-        """Length of metrics.jsonl in bytes, with everything so far in it; a checkpoint keeps it."""
-        self._file.flush()
+        """Length of metrics.jsonl in bytes, all of which is on disk; a checkpoint keeps it."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def truncate(self, position: int) -> None:
         """Drop the lines after `position`, which the resumed run writes again."""
-        self._file.flush()
         self._file.truncate(min(position, self.position()))  # a longer file would be filled with zeros
         self._file.seek(0, 2)
 

@@ -38,15 +38,19 @@ class Linear(nn.Module):
         initialize_(self.weight, fan_in or in_size, scale)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        if self.bias is None or self.bias.dtype == x.dtype:
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+        # Cast to x, the bias would cost a kernel of its own; added in fp32, it is part of whatever kernel comes next.
+        return (F.linear(x, self.weight.to(x.dtype)) + self.bias).to(x.dtype)
 
 
 def block_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Input x (N, in), weight (g, in / g, out / g), bias (out,) -> (N, out): block b of x times weight b, plus bias."""
     grouped = x.unflatten(-1, (weight.shape[0], -1)).transpose(0, 1)  # (g, N, in / g)
-    bias = bias.to(x.dtype).view(weight.shape[0], 1, -1)
-    return torch.baddbmm(bias, grouped, weight.to(x.dtype)).transpose(0, 1).flatten(-2)
+    if bias.dtype == x.dtype and x.device.type == "cpu":
+        return torch.baddbmm(bias.view(weight.shape[0], 1, -1), grouped, weight).transpose(0, 1).flatten(-2)
+    # A GPU's batched product begins with copying the bias to all rows; added afterwards, as above, it costs nothing.
+    return (torch.bmm(grouped, weight.to(x.dtype)).transpose(0, 1).flatten(-2) + bias).to(x.dtype)
 
 
 class BlockLinear(nn.Module):

@@ -37,13 +37,19 @@ class LaProp:
         self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor]) -> dict[str, Tensor]:
+    def step(self, gradients: list[Tensor], wanted: Tensor | None = None) -> dict[str, Tensor]:
         """Update the parameters in place from gradients of their shapes, which are consumed.
+
+        Args:
+            gradients: one for each parameter.
+            wanted: bool (); if it is false nothing changes, bit for bit, whatever the gradients hold. None is true.
 
         Returns:
             The global norms of gradients (before clipping) and parameters, and the learning rate, as numbers.
         """
         c = self.config
+        if wanted is None:
+            wanted = torch.ones_like(self.count, dtype=torch.bool)
         weight_norms = torch.stack(torch._foreach_norm(self.parameters))
         gradient_norms = torch.stack(torch._foreach_norm(gradients))
         limits = c.agc * weight_norms.clamp(min=SMALLEST_WEIGHT_NORM)
@@ -51,16 +57,20 @@ class LaProp:
         torch._foreach_mul_(gradients, list(clipping.unbind()))
 
         rate = c.lr * (self.count / c.warmup).clamp(max=1) if c.warmup else torch.full_like(self.count, c.lr)
-        self.count += 1
-        torch._foreach_mul_(self.square, c.beta2)
+        self.count += wanted
+        zero, decay = torch.zeros_like(self.count, dtype=torch.float32), wanted.float()  # b^0 is 1: nothing decays
+        gradients = [torch.where(wanted, gradient, zero) for gradient in gradients]
+        torch._foreach_mul_(self.square, c.beta2**decay)
         torch._foreach_addcmul_(self.square, gradients, gradients, 1 - c.beta2)
-        scale = torch.rsqrt(1 - c.beta2**self.count).float()
+        count = self.count.clamp(min=1)  # if the very first update is unwanted
+        scale = torch.rsqrt(1 - c.beta2**count).float()
         denominator = torch._foreach_sqrt(self.square)
         torch._foreach_mul_(denominator, scale)
         torch._foreach_add_(denominator, c.eps)
         torch._foreach_div_(gradients, denominator)
-        torch._foreach_lerp_(self.momentum, gradients, 1 - c.beta1)
-        size = (rate / (1 - c.beta1**self.count)).float()
+        torch._foreach_mul_(self.momentum, c.beta1**decay)
+        torch._foreach_add_(self.momentum, gradients, alpha=1 - c.beta1)
+        size = (wanted * rate / (1 - c.beta1**count)).float()
         change = torch._foreach_mul(self.momentum, size)
         if self.shares is not None:
             change = torch._foreach_mul(change, self.shares)

@@ -139,6 +139,11 @@ class Replay:
         return self.streams * (self._next - self._oldest)
 
     @property
+    def held(self) -> tuple[int, int]:
+        """The first position held, and the one that comes next."""
+        return self._oldest, self._next
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
@@ -224,29 +229,38 @@ class Replay:
         return rows, {key: stored[streams, heads] for key, stored in self._latents.items()}
 
     @torch.no_grad()
-    def write_back(self, index: Tensor, latents: Mapping[str, Tensor]) -> None:
+    def write_back(self, index: Tensor, latents: Mapping[str, Tensor], wanted: Tensor | None = None) -> None:
         """Overwrites the latents of the heads among the training rows of gathered windows.
 
         latents: each (B, K, ...), at the training rows stride - 1, 2 * stride - 1, ..., window - 2.
+        wanted: bool (), on the device: whether to overwrite anything; None is yes.
 
-        Where windows overlap, any one of the values for a row may win, and for each key another one: all
-        of them are fresh posteriors of the same row. Raises KeyError unless every latent is given.
+        Where windows overlap, the last one wins on the CPU. On a GPU any one of the values for a row may,
+        and for each key another one: all of them are fresh posteriors of the same row. Raises KeyError
+        unless every latent is given.
         """
         streams, starts = index[0], index[1]
         positions = starts[:, None] + self._offsets[self.stride :: self.stride]
         heads = positions // self.stride % self.heads  # (B, K)
         place = (streams[:, None].expand_as(heads), heads)
         for key, stored in self._latents.items():
-            stored.index_put_(place, latents[key].to(stored))
+            fresh = latents[key].to(stored)
+            if wanted is not None:
+                fresh = torch.where(wanted, fresh, stored[place])
+            if self.device.type == "cuda":
+                stored.index_put_(place, fresh)
+                continue
+            for window in range(len(streams)):  # threads would race for rows that two windows share
+                stored[streams[window], heads[window]] = fresh[window]
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that is held, as CPU tensors and plain types; write it out before replay changes again.
+    def state_dict(self, begin: int = 0) -> dict[str, Any]:
+        """All that is held but the rows before position `begin`, as CPU tensors and plain types.
 
         Tensors are (streams, held, ...), row `position` at `position % held`, and so are heads by their
         own number: a full ring is laid out like that already, so on the CPU its tensors are shared
-        instead of doubling the memory of a long run.
+        instead of doubling the memory of a long run. Write them out before replay changes again.
         """
-        rows, heads = _Span(self._oldest, self._next), self._heads_of(self._oldest)
+        rows, heads = _Span(max(begin, self._oldest), self._next), self._heads_of(self._oldest)
         return {
             "tensors": {
                 **{key: self._held(stored, rows) for key, stored in self._rows.items()},
@@ -256,6 +270,7 @@ class Replay:
             "stride": self.stride,
             "oldest": self._oldest,
             "next": self._next,
+            "begin": rows.first,
             "queue": list(self._queue),
             "random": self._random.bit_generator.state,
         }
@@ -274,25 +289,38 @@ class Replay:
             held[stream, target] = stored[stream, source].cpu()
         return held
 
+    def rows(self, begin: int, end: int) -> dict[str, Tensor]:
+        """The rows of positions begin to end - 1, all held: (streams, end - begin, ...), ordered as in state_dict()."""
+        return {key: self._held(stored, _Span(begin, end)) for key, stored in self._rows.items()}
+
+    def load_rows(self, begin: int, end: int, rows: Mapping[str, Tensor]) -> None:
+        """Takes over what rows() gave, after load_state_dict(); of rows that are no longer held nothing."""
+        span = _Span(max(begin, self._oldest), max(end, self._oldest))
+        for key, stored in self._rows.items():
+            self._take_over(stored, rows[key], span)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where state_dict() was taken; a smaller capacity keeps the newest rows.
 
-        Raises UserError that names the first mismatch of streams, keys, shapes or dtypes, with nothing
-        changed.
+        Rows before its `begin` are to follow by load_rows(). Raises UserError that names the first
+        mismatch of streams, keys, shapes or dtypes, with nothing changed.
         """
         self._check(state)
         self._next = state["next"]
         self._oldest = max(state["oldest"], self._next - self.length)
-        rows, heads = _Span(self._oldest, self._next), self._heads_of(self._oldest)
+        rows, heads = _Span(max(state["begin"], self._oldest), self._next), self._heads_of(self._oldest)
         for key, stored in self._tensors().items():
-            span, saved = rows if key in self._rows else heads, state["tensors"][key]
-            source, target = span.slots(saved.shape[1]), span.slots(stored.shape[1]).to(self.device)
-            for stream in range(self.streams):
-                stored[stream, target] = saved[stream, source].to(self.device)
+            self._take_over(stored, state["tensors"][key], rows if key in self._rows else heads)
         last = self._next - self.window  # a longer window than the saved one may not be whole yet
         waiting = state["queue"] if self._online_queue else []
         self._queue = deque((stream, start) for stream, start in waiting if self._oldest <= start <= last)
         self._random.bit_generator.state = state["random"]
+
+    def _take_over(self, stored: Tensor, saved: Tensor, span: _Span) -> None:
+        """A span of saved rows or heads (streams, saved, ...) into the ring, stream by stream to save memory."""
+        source, target = span.slots(saved.shape[1]), span.slots(stored.shape[1]).to(self.device)
+        for stream in range(self.streams):
+            stored[stream, target] = saved[stream, source].to(self.device)
 
     def _check(self, state: Mapping[str, Any]) -> None:
         advice = "resume with the configuration the run was started with"

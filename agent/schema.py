@@ -133,6 +133,7 @@ class Train:
     batch_size: PositiveInt
     batch_length: Annotated[int, Field(ge=2)]
     ratio: Positive
+    max_skipped: PositiveInt
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -173,6 +174,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16"]
     compile: Literal["auto", "eager", "graph", "full"]
+    deterministic: bool
     size: str
     env: Env
     core: Any

@@ -6,9 +6,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from agent.distributions import one_hot
 from agent.errors import UserError
 
 
@@ -60,8 +60,8 @@ class Categories:
     def encode(self, value: Tensor) -> Tensor:
         """Integers (...) or (..., k) -> one-hot (..., width) in fp32."""
         parts = [value] if self.scalar else list(value.unbind(-1))
-        hot = [F.one_hot(part.long(), size) for part, size in zip(parts, self.sizes, strict=True)]
-        return torch.cat(hot, -1).float()
+        hot = [one_hot(part, size) for part, size in zip(parts, self.sizes, strict=True)]
+        return torch.cat(hot, -1)
 
     def decode(self, encoded: Tensor) -> Tensor:
         """One-hot (..., width) -> integers (...) or (..., k)."""

@@ -1,7 +1,8 @@
 """A training run: collect, learn, log, save; stopped at any time and gone on with by the same command."""
 
-import itertools
+import math
 import os
+import random
 import signal
 import sys
 import time
@@ -13,22 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from agent import checkpoint
-from agent import config as configuration
-from agent.agent import Agent
+from agent import logdir as logdirs
+from agent.agent import Agent, Carry
 from agent.errors import UserError
+from agent.incidents import Incidents
+from agent.introduction import Foretelling, introduce, planned_updates
 from agent.logging import LiveLine, MetricsLogger, memory
-from agent.networks import parameter_count
+from agent.random_state import random_state, set_random_state
 from agent.ratio import Ratio
 from agent.replay import Replay, choose_device, storage_bytes
+from agent.replay_files import ReplayFiles
 from agent.schema import Config
 from envs.errors import EnvironmentFailure
 from envs.streams import Row, Streams
-
-CALIBRATION_UPDATES = 30
-"""Updates, after the first few slow ones, from which the duration of the run is foretold."""
 
 
 def choose_training_device(config: Config) -> torch.device:
@@ -45,38 +45,28 @@ def choose_training_device(config: Config) -> torch.device:
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
+def make_deterministic(config: Config, device: torch.device) -> None:
+    """Choose kernels that give the same bits every time: always on the CPU, where it costs little, and on request."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
+    on_cpu = device.type == "cpu"
+    torch.use_deterministic_algorithms(on_cpu or config.deterministic, warn_only=not on_cpu)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def train(config: Config, logdir: Path) -> None:
     """Train until `config.steps` environment frames, or go on with the run that `logdir` holds.
 
     Raises:
-        UserError: `logdir` holds a run of another configuration, or something of `config` cannot be done here.
+        UserError: `logdir` holds a run of another configuration, or something of `config` cannot be done here; the
+            disk is full; or too many updates in a row had a number that is not finite.
     """
     started = time.monotonic()
-    Run(config, logdir, choose_training_device(config), started).go(check_logdir(config, logdir))
-
-
-def check_logdir(config: Config, logdir: Path) -> Path | None:
-    """The checkpoint to go on from, None if `logdir` is new. Changes nothing on disk."""
-    file = logdir / "config.yaml"
-    if file.exists():
-        for key, held, asked in configuration.differences(configuration.load(file), config):
-            if not configuration.may_change_on_resume(key):
-                raise UserError(
-                    f"{logdir} holds a run with {key}={held}, and this command asks for {asked}; "
-                    "resume with the same command, or give another --logdir"
-                )
-    elif logdir.exists() and any(logdir.iterdir()):
-        raise UserError(f"{logdir} is not empty and holds no run (no config.yaml); give another --logdir")
-    return checkpoint.latest(logdir / "checkpoints")
-
-
-def claim_logdir(config: Config, logdir: Path) -> None:
-    """Write the configuration into `logdir`, once everything that can be wrong with it has been found right."""
-    try:
-        logdir.mkdir(parents=True, exist_ok=True)
-        (logdir / "config.yaml").write_text(configuration.dump(config))
-    except OSError as error:
-        raise UserError(f"{logdir} cannot be written ({error.strerror}); give another --logdir") from error
+    device = choose_training_device(config)
+    logdirs.check(config, logdir)
+    run = Run(config, logdir, device, started)
+    # No name here for what was found: its tensors are mapped from files, which must not outlive their use.
+    run.go(logdirs.find_checkpoint(config, logdir, lambda line: print(line, file=sys.stderr)))
 
 
 class Run:
@@ -84,12 +74,19 @@ class Run:
 
     def __init__(self, config: Config, logdir: Path, device: torch.device, started: float):
         self.config, self.logdir, self.device, self.started = config, logdir, device, started
+        make_deterministic(config, device)
         torch.manual_seed(config.seed)
+        random.seed(config.seed)
         np.random.seed(config.seed)  # noqa: NPY002 - environments of others may draw from it
         self.rows = 0  # rows collected from each environment
         self.episodes = 0
         self.stop_signal: int | None = None
         self.streams: Streams | None = None
+        self.returns: list[float] = []  # of the episodes since the last checkpoint
+        self.best = -math.inf  # highest mean of those at a checkpoint
+        self.saved_frames = -1  # at the newest checkpoint
+        self.replay_files = ReplayFiles(logdir / "checkpoints" / "replay")
+        self.incidents = Incidents(logdir / "not_finite", config.train.max_skipped)
         self.ratio = Ratio(config.train.ratio, config.train.batch_size * config.train.batch_length)
 
     # ---- counting ---------------------------------------------------------------------------------------------
@@ -99,22 +96,13 @@ class Run:
         """Environment frames so far: rows times environments times action repeat."""
         return self.rows * self.config.env.amount * self.config.env.action_repeat
 
-    def planned_updates(self) -> int:
-        """Updates from nothing until `steps` frames."""
-        env, train = self.config.env, self.config.train
-        agent_steps = self.config.steps / env.action_repeat - self.config.replay.prefill
-        return max(0, int(agent_steps * train.ratio / (train.batch_size * train.batch_length)))
-
     # ---- the run ----------------------------------------------------------------------------------------------
 
-    def go(self, resumed: Path | None) -> None:
-        """Set everything up, run to the end or to a signal, and save."""
-        saved = checkpoint.load(resumed) if resumed else None
-        if saved:
-            self.rows, self.episodes = saved["rows"], saved["episodes"]
+    def go(self, found: tuple[Path, dict[str, Any]] | None) -> None:
+        """Set everything up, run to the end or to a signal, and save. `found`: the checkpoint to go on from."""
+        saved = found[1] if found else None
         env = self.config.env
-        # An environment cannot be saved: a resumed run begins new episodes, from a seed of its own.
-        seed = int(np.random.SeedSequence([self.config.seed, self.rows]).generate_state(1)[0] // 2)
+        seed = int(np.random.SeedSequence([self.config.seed, 0]).generate_state(1)[0] // 2)
         self.streams = Streams(
             env.name, env.amount, parallel=env.parallel, seed=seed,
             action_repeat=env.action_repeat, time_limit=env.time_limit, options=env.options,
@@ -123,18 +111,21 @@ class Run:
             self.agent = Agent(self.streams.observation_space, self.streams.action_space, self.config, self.device)
             self.replay = self._make_replay()
             self.agent.attach(self.replay)
+            self.carry = self.agent.initial(env.amount)
             if saved:
                 self._restore(saved)
-            claim_logdir(self.config, self.logdir)
+            logdirs.claim(self.config, self.logdir)
+            if found:
+                checkpoint.set_aside(found[0])
             self.logger = MetricsLogger(self.logdir, self.config.log.tensorboard, self.frames)
-            if saved:
-                self.logger.truncate(saved["metrics_position"])
+            self.logger.truncate(saved["metrics_position"] if saved else 0)
             self.line = LiveLine(self.config.steps, self.frames, self.device.type)
-            self._introduce(resumed)
-            del saved
+            self._introduce(found)
+            row = self._first_row(found)
+            del found, saved
             with SignalsHeld(self):
                 try:
-                    self._loop()
+                    self._loop(row)
                 except EnvironmentFailure:
                     self.save()  # what was learned so far is worth keeping
                     raise
@@ -156,20 +147,40 @@ class Run:
             device=choose_device(config.replay.device, nbytes, self.device), online_queue=config.replay.online_queue,
         )  # fmt: skip
 
-    def _loop(self) -> None:
+    def _first_row(self, found: tuple[Path, dict[str, Any]] | None) -> Row:
+        """The row that the loop begins with: of new episodes, or of those that ran when the checkpoint was written."""
+        assert self.streams is not None
+        if not found:
+            return self.streams.reset()
+        path, saved = found
+        row, cut = self.streams.restore(as_arrays(saved["streams"]))
+        if cut:
+            self.logger.write(self.frames, {"episode/cut": len(cut)})
+            which = ", ".join(map(str, cut))
+            self.line.note(
+                f"cut         episodes of environments {which}: the same seed and actions did not lead to the same"
+                " observation, the episode was too long, or the environment had failed; new ones begin"
+            )
+        set_random_state(saved["random"])  # only now: environments may have drawn
+        if saved["is_best"]:
+            checkpoint.keep_as_best(path)  # the run may have died before it did
+        return row
+
+    def _loop(self, row: Row) -> None:
         assert self.streams is not None
         config, agent, replay = self.config, self.agent, self.replay
-        carry = agent.initial(self.streams.amount)
-        row = self.streams.reset()
         saved = logged = time.monotonic()
         logged_frames, logged_updates = self.frames, agent.updates
         log_rows = max(1, config.log.every // (config.env.amount * config.env.action_repeat))
         foretell = Foretelling(agent.updates)
         while self.frames < config.steps and self.stop_signal is None:
             values = tensors(row)
-            action, carry = agent.act(values, values["is_first"], carry)
-            replay.add(values | {"action": action} | agent.latents(carry.state, carry.z))
-            self.streams.send(action.cpu().numpy())
+            action, self.carry = agent.act(values, values["is_first"], self.carry)
+            replay.add(values | {"action": action} | agent.latents(self.carry.state, self.carry.z))
+            actions = action.cpu().numpy()
+            if not np.isfinite(actions).all():
+                self.incidents.check_acting(self.carry, self.frames)
+            self.streams.send(actions)
             if replay.ready(config.replay.prefill):
                 for _ in range(self.ratio.updates(self.streams.amount)):
                     agent.update(replay.sample(config.train.batch_size))
@@ -179,7 +190,7 @@ class Run:
 
             self._report_episodes()
             self.line.update(self.frames, agent.updates)
-            if told := foretell(agent.updates, self.planned_updates()):
+            if told := foretell(agent.updates, planned_updates(config)):
                 self.line.note(told)
             now = time.monotonic()
             if self.rows % log_rows == 0:
@@ -191,6 +202,9 @@ class Run:
                 }
                 metrics = agent.take_metrics()
                 self.logger.write(self.frames, metrics | rates)
+                self.incidents.check_acting(self.carry, self.frames)
+                if told := self.incidents.look(agent, self.frames):
+                    self.line.note(told)
                 if metrics:
                     agent.schedule(metrics)
                 logged, logged_frames, logged_updates = now, self.frames, agent.updates
@@ -202,6 +216,7 @@ class Run:
         assert self.streams is not None
         for episode in self.streams.finished:
             self.episodes += 1
+            self.returns.append(episode.episode_return)
             numbers = {
                 "episode/return": episode.episode_return,
                 "episode/length": episode.length,
@@ -212,7 +227,8 @@ class Run:
             self.line.update(self.frames, self.agent.updates, episode.episode_return)
 
     def _finish(self) -> None:
-        self.save()
+        if self.saved_frames != self.frames:
+            self.save()
         self.line.close()
         self.logger.close()
         if self.stop_signal is None:
@@ -225,68 +241,67 @@ class Run:
     # ---- saving -----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of everything but the environments."""
-        state = {
+        """Write a checkpoint of everything: a run that goes on from it does what this one does."""
+        directory = self.logdir / "checkpoints"
+        mean = sum(self.returns) / len(self.returns) if self.returns else -math.inf
+        is_best = mean > self.best
+        if self.returns:
+            self.best, self.returns = max(self.best, mean), []
+        try:
+            state = self._state() | {"best": self.best, "is_best": is_best}
+            path = checkpoint.save(directory, self.frames, state, self.config.checkpoint.keep)
+            if is_best:
+                checkpoint.keep_as_best(path)
+            self.saved_frames = self.frames
+        finally:  # a full disk gets back what was written in vain
+            self.replay_files.sweep(checkpoint.candidates(directory))
+
+    def _state(self) -> dict[str, Any]:
+        assert self.streams is not None
+        return {
+            "run": logdirs.identity(self.config),
+            "platform": platform(self.device),
             "agent": self.agent.state_dict(),
-            "replay": self.replay.state_dict(),
+            "carry": self.carry._asdict(),
+            "streams": as_tensors(self.streams.state_dict()),
+            "replay": self.replay_files.write(self.replay, self.frames),
             "ratio": self.ratio.state_dict(),
-            "random": checkpoint.random_state(),
+            "random": random_state(),
             "rows": self.rows,
             "episodes": self.episodes,
             "metrics_position": self.logger.position(),
         }
-        checkpoint.save(self.logdir / "checkpoints", self.frames, state, self.config.checkpoint.keep)
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
-        self.agent.load_state_dict(saved["agent"])
-        self.replay.load_state_dict(saved["replay"])
+        self.rows, self.episodes, self.best = saved["rows"], saved["episodes"], saved["best"]
+        self.saved_frames = self.frames
+        try:
+            self.agent.load_state_dict(saved["agent"])
+        except (RuntimeError, ValueError) as error:  # how torch tells that names or shapes differ
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.logdir}: its checkpoint does not fit this agent ({reason})") from None
+        self.replay_files.load(saved["replay"], self.replay)
         self.ratio.load_state_dict(saved["ratio"])
-        checkpoint.set_random_state(saved["random"])
+        carry = saved["carry"]
+        state = {key: value.to(self.device, copy=True) for key, value in carry["state"].items()}
+        self.carry = Carry(state, carry["z"].to(self.device, copy=True), carry["action"].to(self.device, copy=True))
 
     # ---- telling ----------------------------------------------------------------------------------------------
 
-    def _introduce(self, resumed: Path | None) -> None:
-        config, agent = self.config, self.agent
-        counts = agent.parameter_counts()
-        parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        device = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"cpu, {torch.get_num_threads()} threads"
-        )
-        precision = "bf16" if agent.dtype == torch.bfloat16 else "fp32"
-        env, train = config.env, config.train
-        first = config.replay.prefill * env.action_repeat
-        lines = [
-            f"run         {self.logdir}: {env.name}, core {config.core.name}, size {config.size}, seed {config.seed}",
-            f"device      {device}, matrix products in {precision}, update {agent.mode}",
-            f"parameters  {sum(counts.values()):,}: {parts}",
-            f"core        {self._about_core()}",
-            f"replay      {self._about_replay()}",
-            f"plan        {config.steps:,} frames from {env.amount} environments, {self.planned_updates():,} updates "
-            f"of {train.batch_size} x {train.batch_length} steps, the first after {first:,} frames",
-        ]
-        if resumed:
-            lines.append(
-                f"resumed     {resumed.name}: {self.frames:,} frames, {agent.updates:,} updates, new episodes begin"
-            )
+    def _introduce(self, found: tuple[Path, dict[str, Any]] | None) -> None:
+        lines = introduce(self.config, self.logdir, self.agent, self.replay)
+        if found:
+            path, saved = found
+            lines.append(f"resumed     {path.name}: {self.frames:,} frames, {self.agent.updates:,} updates")
+            here = platform(self.device)
+            changed = [
+                f"{key} {value}, not {here[key]}" for key, value in saved["platform"].items() if value != here[key]
+            ]
+            if changed:
+                lines.append(f"            written with {'; '.join(changed)}: numbers may differ in their last digits")
         for text in lines:
             self.line.note(text)
         self._first_update_told = False
-
-    def _about_core(self) -> str:
-        rssm = self.agent.world_model.rssm
-        count, flops = parameter_count(rssm.core), rssm.core.step_flops(rssm.input_size)
-        return (
-            f"{self.config.core.name}: {count:,} parameters, state {rssm.core.state_bytes / 1e3:,.1f} kB a stream, "
-            f"{flops / 1e6:,.2f} MFLOP of matrix products a step"
-        )
-
-    def _about_replay(self) -> str:
-        replay = self.replay
-        held, everything, states = replay.streams * replay.length, replay.nbytes / 2**30, replay.latent_nbytes / 2**30
-        kept = "of every step" if replay.stride == 1 else f"of the heads of sequences only, one step in {replay.stride}"
-        return f"{held:,} steps, {everything:.2f} GiB on {replay.device.type}, of which {states:.2f} GiB states {kept}"
 
     def _tell_first_update(self) -> None:
         if not self._first_update_told:
@@ -294,29 +309,6 @@ class Run:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.line.note(f"first update {time.monotonic() - self.started:.1f} s after the start")
-
-
-class Foretelling:
-    """Says once, after a short calibration, how long the rest will take."""
-
-    def __init__(self, updates: int):
-        self.start = updates + 10  # the first ones compile and capture
-        self.since = 0.0
-        self.done = False
-
-    def __call__(self, updates: int, planned: int) -> str | None:
-        """The line to print, at the one moment when it is known."""
-        if self.done or updates < self.start:
-            return None
-        if not self.since:
-            self.since, self.start = time.monotonic(), updates
-        if updates < self.start + CALIBRATION_UPDATES:
-            return None
-        self.done = True
-        rate = (updates - self.start) / (time.monotonic() - self.since)
-        left = max(0, planned - updates)
-        duration = tqdm.format_interval(left / rate)
-        return f"calibrated  {rate:.3g} updates/s with acting, so {duration} for the {left:,} updates left"
 
 
 class SignalsHeld:
@@ -345,11 +337,28 @@ def tensors(row: Row) -> dict[str, Tensor]:
     return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in row.items()}
 
 
-def new_logdir(config: Config) -> Path:
-    """A folder under `runs/` that does not exist yet, named after what is trained."""
-    name = f"{config.env.name}-{config.core.name}-{config.size}-seed{config.seed}".replace("/", "_")
-    for number in itertools.count(1):
-        path = Path("runs") / f"{name}-{number}"
-        if not os.path.lexists(path):
-            return path
-    raise AssertionError("unreachable")
+def as_tensors(value: Any) -> Any:
+    """Arrays within lists and dicts as tensors, which a checkpoint may hold."""
+    if isinstance(value, dict):
+        return {key: as_tensors(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [as_tensors(entry) for entry in value]
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+
+def as_arrays(value: Any) -> Any:
+    """Tensors within lists and dicts as arrays of their own."""
+    if isinstance(value, dict):
+        return {key: as_arrays(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [as_arrays(entry) for entry in value]
+    return value.numpy().copy() if isinstance(value, Tensor) else value
+
+
+def platform(device: torch.device) -> dict[str, str]:
+    """What decides how sums are rounded, besides the code."""
+    on_gpu = device.type == "cuda"
+    return {
+        "torch": str(torch.__version__),  # a class of its own, which no checkpoint may hold
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu with {torch.get_num_threads()} threads",
+    }

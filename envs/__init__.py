@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
-from gymnasium.vector import VectorEnv
 from gymnasium.wrappers import TimeLimit
 
 from envs import dmc, gym, memory_maze, minigrid, popgym, probe
 from envs.errors import EnvError, EnvironmentFailure
 from envs.wrappers import ActionRepeat, DictObservation, UnitAction
 
-__all__ = ["EnvError", "EnvironmentFailure", "make", "make_vector"]
+__all__ = ["EnvError", "EnvironmentFailure", "make"]
 
 ADAPTERS = {"dmc": dmc, "gym": gym, "probe": probe, "popgym": popgym, "minigrid": minigrid, "memorymaze": memory_maze}
 
@@ -61,19 +60,3 @@ def make(
     if action_repeat > 1:
         env = ActionRepeat(env, action_repeat)
     return TimeLimit(env, time_limit) if time_limit is not None else env
-
-
-def make_vector(name: str, amount: int, *, options: Mapping[str, Any] | None = None) -> VectorEnv | None:
-    """Build `amount` environments `name` that are stepped all at once, if there is such a form of them.
-
-    Observations and actions are those of `make`, in arrays (amount, ...); the next episode begins at the step after
-    the last one of an episode, as gymnasium's `AutoresetMode.NEXT_STEP` says.
-
-    Returns:
-        None where `make` is the only way.
-
-    Raises:
-        EnvError: as `make`, for an environment that has this form.
-    """
-    suite, _, task = name.partition("_")
-    return probe.make_vector(task, amount, options or {}) if suite == "probe" else None

@@ -57,18 +57,6 @@ def make(
     return ProbeEnv(settings, **looks)
 
 
-def make_vector(task: str, amount: int, options: Mapping[str, Any]) -> ProbeVectorEnv | None:
-    """Build `amount` probes in lockstep; None for those that an action changes, and for images, which `make` judges.
-
-    Raises:
-        EnvError: the probe or an option is unknown, or an option is not allowed.
-    """
-    settings, looks = parse(task, options)
-    if isinstance(settings, MaskedControl) or looks["encoding"] == "image":
-        return None
-    return ProbeVectorEnv(settings, amount, **looks)
-
-
 def parse(task: str, options: Mapping[str, Any]) -> tuple[Task | MaskedControl, dict[str, Any]]:
     """The settings of the probe `task`, and how it is shown and paid."""
     if task not in PRESETS:
@@ -99,5 +87,22 @@ def by_id(task: str, **options: Any) -> gymnasium.Env:
     return make(task, options=options)
 
 
+def vector_by_id(task: str, num_envs: int, **options: Any) -> ProbeVectorEnv:
+    """What gymnasium.make_vec calls to make probes in lockstep, several times as fast as one by one.
+
+    Raises:
+        EnvError: the probe or an option is unknown, an option is not allowed, or the probe has no such form.
+    """
+    settings, looks = parse(task, options)
+    if isinstance(settings, MaskedControl) or looks["encoding"] == "image":
+        raise EnvError(f"environment 'probe_{task}' is not made in lockstep; use vectorization_mode sync or async")
+    return ProbeVectorEnv(settings, num_envs, **looks)
+
+
 for _name in PRESETS:
-    gymnasium.register(f"probes/{_name.title().replace('_', '')}-v0", f"{__name__}:by_id", kwargs={"task": _name})
+    gymnasium.register(
+        f"probes/{_name.title().replace('_', '')}-v0",
+        f"{__name__}:by_id",
+        vector_entry_point=f"{__name__}:vector_by_id",
+        kwargs={"task": _name},
+    )

@@ -15,10 +15,12 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 import envs
+from envs.episodes import Episodes, Memory, Past
 from envs.errors import EnvError, EnvironmentFailure
+from envs.wrappers import RESERVED
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +47,11 @@ class Streams:
     `is_terminal` marks an end by the environment's own rules, not by a time limit. The action that answers an
     `is_last` row is ignored; the next row is the first of the next episode.
 
-    Environment i is reset with `seed + i` and then draws its own episodes: equal seeds and actions give
-    equal rows.
+    Environment i is first reset with `seed + i`, and each later episode with a seed drawn from that and its number:
+    equal seeds and actions give equal rows. So streams are saved as the actions of the running episodes, and restored
+    by taking them again (see `envs.episodes`).
+
+    No row holds NaN or infinity: the environment that gives one is named as a failure.
 
     Attributes:
         observation_space, action_space: of a single environment, as `envs.make` gives them.
@@ -65,7 +70,7 @@ class Streams:
         time_limit: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Make `amount` environments `name`, each in a process of its own if `parallel`; else all at once if they can.
+        """Make `amount` environments `name`, each in a process of its own if `parallel`.
 
         Raises:
             EnvError: the environment cannot be made (see `envs.make`), or `amount` is below 1.
@@ -79,8 +84,6 @@ class Streams:
             )
             for index in range(amount)
         ]
-        alone = not parallel and action_repeat == 1 and time_limit is None
-        vector = envs.make_vector(name, amount, options=options) if alone else None
         self.amount = amount
         self.finished: list[Finished] = []
         self._name = name
@@ -88,28 +91,74 @@ class Streams:
         self._pending = False
         self._failed = False
         self._actions: np.ndarray | None = None
+        self._newest: Row | None = None
+        self._episodes = np.full(amount, -1)
         self._last = np.zeros(amount, bool)
         self._returns = np.zeros(amount)
         self._lengths = np.zeros(amount, int)
-        if vector is None:
-            vector = make_parallel(name, makers) if parallel else make_serial(makers)
-        self._envs: VectorEnv = vector
+        self._envs: AsyncVectorEnv | SyncVectorEnv = make_parallel(name, makers) if parallel else make_serial(makers)
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
+        self._memory = Memory(amount, self.action_space)
 
     def reset(self) -> Row:
         """Start every environment anew from its seed and return the first row."""
         with self._reporting():
             observation, _ = self._envs.reset(seed=self._seed)
         nothing = np.zeros(self.amount, bool)
+        self._episodes[:] = -1
         self._last = ~nothing  # what follows a last row is a first row
         return self._row(observation, np.zeros(self.amount), nothing, nothing, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running episodes, as arrays, lists and plain types; after a failure or amid a step they are lost."""
+        return {
+            "row": None if self._failed or self._pending else self._newest,
+            "episodes": self._episodes.tolist(),
+            "actions": self._memory.actions(),
+            "returns": self._returns.tolist(),
+            "lengths": self._lengths.tolist(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> tuple[Row, list[int]]:
+        """Go on from `state_dict`; needs the arguments that those streams had.
+
+        Returns:
+            The newest row, and which environments could not be brought back: their episodes are cut, and the row holds
+            the first of their next ones.
+        """
+        nothing = np.zeros(self.amount, bool)
+        with self._reporting():
+            self._envs.set_attr("past", self._pasts(state))
+            observation, _ = self._envs.reset(seed=self._seed)
+            cut = np.array(self._envs.get_attr("cut"))
+        self._episodes = np.array(state["episodes"]) - 1 + cut
+        self._last = ~nothing
+        row = self._row(observation, np.zeros(self.amount), nothing, nothing, {})
+        if not cut.all():
+            row = {key: np.where(spread(cut, value), value, state["row"][key]) for key, value in row.items()}
+            self._returns = np.where(cut, 0.0, state["returns"])
+            self._lengths = np.where(cut, 0, state["lengths"])
+            self._memory.load(state["actions"])
+            self._memory.forget(cut)
+        self._newest, self._last = row, row["is_last"]
+        return row, [int(index) for index in np.flatnonzero(cut)]
+
+    def _pasts(self, state: dict[str, Any]) -> list[Past]:
+        row, pasts = state["row"], []
+        for index, (episode, actions) in enumerate(zip(state["episodes"], state["actions"], strict=True)):
+            if row is None or actions is None:
+                pasts.append(Past(episode, np.zeros(0), None))
+            else:
+                pasts.append(Past(episode, actions, {key: row[key][index] for key in observation_keys(row)}))
+        return pasts
 
     def send(self, actions: np.ndarray) -> None:
         """Start one step; actions are (N, A) float32, (N,) int64 or (N, k) int64 as the space demands."""
         if isinstance(self._envs, AsyncVectorEnv):
             with self._reporting():
                 self._envs.step_async(actions)
+        self._memory.add(actions)
         self._actions = actions
         self._pending = True
 
@@ -117,7 +166,8 @@ class Streams:
         """Wait for the step that `send` started and return its row.
 
         Raises:
-            EnvironmentFailure: an environment raised or its process died. Close the streams then.
+            EnvironmentFailure: an environment raised, gave a number that is not finite, or its process died. Close
+                the streams then.
         """
         if not self._pending:
             raise RuntimeError("receive() without send(): every send is answered by one receive")
@@ -165,8 +215,25 @@ class Streams:
             Finished(index, float(self._returns[index]), int(self._lengths[index]), metrics_of(infos, index))
             for index in np.flatnonzero(last).tolist()
         ]
+        self._episodes += first
+        self._memory.forget(first)
         flags = {"is_first": first, "is_last": last, "is_terminal": terminated}
-        return {**observation, "reward": reward.astype(np.float32), **flags}
+        with np.errstate(over="ignore"):  # what overflows is not finite, and reported
+            row = {**observation, "reward": reward.astype(np.float32), **flags}
+        self._check_finite(row)
+        self._newest = row
+        return row
+
+    def _check_finite(self, row: Row) -> None:
+        for key, values in row.items():
+            if values.dtype.kind != "f" or np.isfinite(values).all():
+                continue
+            index = int(np.flatnonzero(~np.isfinite(values.reshape(self.amount, -1)).all(1))[0])
+            what = "reward" if key == "reward" else f"observation {key!r}"
+            wrong = values[index].reshape(-1)[~np.isfinite(values[index].reshape(-1))][0]
+            self._failed = True
+            message = f"environment {index} ({self._name}) gave {what} with a value that is not finite ({wrong})"
+            raise EnvironmentFailure(message, index, self._name)
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -201,6 +268,16 @@ def metrics_of(infos: dict[str, Any], index: int) -> dict[str, float]:
     metrics = infos.get("episode_metrics", {})
     told = [name for name in metrics if f"_{name}" in metrics and metrics[f"_{name}"][index]]
     return {name: float(metrics[name][index]) for name in told}
+
+
+def observation_keys(row: Row) -> list[str]:
+    """The entries of a row that the environment itself names."""
+    return [key for key in row if key not in RESERVED]
+
+
+def spread(chosen: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A mask (N,) in the shape (N, 1, ...) that fits values (N, ...)."""
+    return chosen.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def make_serial(makers: list[functools.partial]) -> SyncVectorEnv:
@@ -242,7 +319,7 @@ def make_reported(
         threading.Thread(target=die_with_parent, daemon=True).start()
     with reporting(name, index, "make"):
         env = envs.make(name, action_repeat=action_repeat, time_limit=time_limit, options=options)
-    return Reported(env, name, index)
+    return Reported(Episodes(env), name, index)
 
 
 def die_with_parent() -> None:

@@ -1,89 +1,140 @@
 """Time the update: from sampling replay to the optimizer's step, on rows of noise."""
 
 import json
-import statistics
+import os
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from agent.command_line import config_from_arguments, make_parser, run_main
+STARTED = time.time()  # before anything that takes long to import
 
-WARM_UP = 20  # updates in which regions compile, the graph is captured and clocks rise
+from agent.command_line import config_from_arguments, make_parser, run_main  # noqa: E402
+from agent.config import parse_value  # noqa: E402
+
+Row = dict[str, Any]
+
+COLUMNS = {
+    "core": "", "size": "", "posterior": "", "precision": "", "batch": "", "length": "", "cache": "", "ms": ".2f",
+    "ms_p10": ".2f", "ms_p90": ".2f", "updates_per_s": ".1f", "first_update_s": ".1f", "steady_s": ".1f",
+    "peak_gib": ".2f", "kernels": ".0f", "busy": ".2f", "error": "",
+}  # fmt: skip
+RECURRENT, OBSERVATION = "rssm.posterior=recurrent", "rssm.posterior=observation"
+# What is asked of every change first: each line is a core, a size and settings, and whether it is also timed with the
+# compiler's cache filled.
+ON_CUDA: list[tuple[str, str, tuple[str, ...], bool]] = [
+    ("gru", "12m", (RECURRENT,), True),
+    ("ortho_mlstm", "12m", (OBSERVATION,), True),
+    ("mlstm", "12m", (OBSERVATION,), False),
+    ("gru", "1m", (RECURRENT,), False),
+    ("gru", "12m", (RECURRENT, "train.batch_size=64"), False),
+    ("gru", "12m", (RECURRENT, "precision=fp32"), False),
+    ("gru", "12m", (OBSERVATION,), False),
+    ("gru", "12m", (RECURRENT, "train.batch_length=128"), False),
+    ("gru", "100m", (RECURRENT,), False),
+]
+ON_CPU: list[tuple[str, str, tuple[str, ...], bool]] = [
+    ("gru", "1m", (RECURRENT, "precision=fp32"), False),
+    ("gru", "1m", (RECURRENT, "precision=bf16"), False),
+    ("ortho_mlstm", "1m", (OBSERVATION, "precision=fp32"), False),
+    ("gru", "1m", (RECURRENT, "precision=fp32", "train.batch_size=8"), False),
+    ("gru", "1m", (RECURRENT, "precision=fp32", "train.batch_length=32"), False),
+]
 
 
 def main() -> None:
-    """Read the flags, time, print one JSON object."""
+    """Read the flags; time one configuration in this process, or each of a list in its own."""
     parser = make_parser(
-        "Time the agent's update. Prints JSON: milliseconds an update (median, 10th and 90th percentile over chunks "
-        "of 10), seconds to the first one, peak memory.",
-        ["python scripts/benchmark_agent.py --env dmc_walker --size 12m --updates 300"],
+        "Time the agent's update: milliseconds (median, 10th and 90th percentile over chunks of 10), seconds from the "
+        "start of the process to the first update, peak memory, and on a GPU the kernels of an update and the share "
+        "of the time in which one runs. One configuration, printed as JSON; or with --matrix a choice of cores, sizes, "
+        "posteriors, precisions, batches and lengths, each in its own process and first with an empty compiler cache.",
+        [
+            "python scripts/benchmark_agent.py --env dmc_walker --size 12m --updates 300",
+            "python scripts/benchmark_agent.py --env dmc_walker --matrix --minutes 8 --out speed.json",
+        ],
         flags=("env", "core", "size", "device", "config", "set"),
     )
-    parser.add_argument("--updates", metavar="N", type=int, default=200, help="updates to time")
-    parser.add_argument("--profile", action="store_true", help="also list the kernels of one uncaptured update")
+    parser.add_argument("--updates", metavar="N", type=int, default=200, help="updates to time (200)")
+    parser.add_argument("--threads", metavar="N", type=int, help="threads on the CPU")
+    parser.add_argument("--kernels", action="store_true", help="also list the kernels that take longest, on stderr")
+    parser.add_argument(
+        "--inductor", metavar="key=value", nargs="*", default=[], help="compiler settings, as combo_kernels=true"
+    )
+    parser.add_argument("--matrix", action="store_true", help="time a choice of configurations")
+    parser.add_argument("--minutes", metavar="M", type=float, default=8, help="time for the whole matrix (8)")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="also write the matrix as JSON, after every line")
     arguments = parser.parse_args()
+    if arguments.matrix:
+        _time_matrix(arguments)
+        return
     config = config_from_arguments(arguments)
-    started = time.monotonic()
+
     import torch
 
-    import envs
-    from agent.agent import Agent
-    from agent.replay import Replay
-    from agent.training import choose_training_device
+    from agent.update_timing import time_updates
 
-    device = choose_training_device(config)
-    env = envs.make(config.env.name, action_repeat=config.env.action_repeat, options=config.env.options)
-    agent = Agent(env.observation_space, env.action_space, config, device)
-    rows, latents = agent.row_specs()
-    streams, window = config.env.amount, config.train.batch_length + 1
-    replay = Replay(
-        rows, latents, streams=streams, capacity=4 * window * streams, window=window,
-        device=device, seed=0, online_queue=False, stride=agent.replay_stride,
-    )  # fmt: skip
-    carry = agent.initial(streams)
-    for _ in range(4 * window):
-        samples = [env.observation_space.sample() for _ in range(streams)]
-        row = {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in samples[0]}
-        flags = torch.zeros(streams, dtype=torch.bool)
-        action, carry = agent.act(row, flags, carry)
-        row |= {"reward": torch.rand(streams), "is_first": flags, "is_last": flags, "is_terminal": flags}
-        replay.add(row | {"action": action} | agent.latents(carry.state, carry.z))
-    agent.attach(replay)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    for setting in arguments.inductor:
+        key, _, value = setting.partition("=")
+        setattr(torch._inductor.config, key, parse_value(value, "--inductor"))
+    show = (lambda text: print(text, file=sys.stderr)) if arguments.kernels else None
+    print(json.dumps(time_updates(config, STARTED, arguments.updates, show)))
 
-    def wait() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.monotonic()
 
-    agent.update(replay.sample(config.train.batch_size))
-    first = wait() - started
-    if arguments.profile:
-        with torch.profiler.profile() as profile:
-            agent.update(replay.sample(config.train.batch_size))
-            wait()
-        by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        table = profile.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)
-        print(table, file=sys.stderr)
-    for _ in range(WARM_UP):
-        agent.update(replay.sample(config.train.batch_size))
-    ready, chunks = wait() - started, []
-    for _ in range(max(1, arguments.updates // 10)):
-        before = wait()
-        for _ in range(10):
-            agent.update(replay.sample(config.train.batch_size))
-        chunks.append((wait() - before) * 100)  # milliseconds an update
-    deciles = statistics.quantiles(chunks, n=10) if len(chunks) > 1 else chunks * 9
-    metrics = agent.take_metrics()
-    result = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
-        "torch": torch.__version__,
-        "size": config.size, "core": config.core.name, "posterior": config.rssm.posterior, "update": agent.mode,
-        "precision": str(agent.dtype), "parameters": sum(agent.parameter_counts().values()),
-        "ms": statistics.median(chunks), "ms_p10": deciles[0], "ms_p90": deciles[-1],
-        "updates": len(chunks) * 10, "first_update_s": first, "steady_s": ready,
-        "peak_gib": torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else None,
-        "loss_dynamics": metrics["loss/dynamics"],
-    }  # fmt: skip
-    print(json.dumps(result))
+def _time_matrix(arguments: Any) -> None:
+    """Time as many of the listed configurations as fit, and print a line as soon as each is known."""
+    import torch
+
+    cuda = torch.cuda.is_available() if arguments.device in (None, "auto") else arguments.device == "cuda"
+    rows: list[Row] = []
+    print("  ".join(COLUMNS))
+    deadline = STARTED + 60 * arguments.minutes
+    for row in _rows(ON_CUDA if cuda else ON_CPU, arguments, deadline):
+        rows.append(row)
+        print("  ".join(_cell(row, column).rjust(len(column)) for column in COLUMNS), flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _rows(cases: Sequence[tuple[str, str, tuple[str, ...], bool]], arguments: Any, deadline: float) -> Iterator[Row]:
+    for core, size, settings, again in cases:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            for state in ("cold", "warm") if again else ("cold",):
+                asked = {"core": core, "size": size, "settings": list(settings), "cache": state}
+                print(f"{core} {size} {' '.join(settings)} ({state}) ...", end="\r", file=sys.stderr, flush=True)
+                yield asked | _in_its_own_process(core, size, settings, cache, arguments, deadline - time.time())
+
+
+def _in_its_own_process(
+    core: str, size: str, settings: Sequence[str], cache: str, arguments: Any, seconds: float
+) -> Row:  # fmt: skip
+    flags = {"env": arguments.env, "core": core, "size": size, "device": arguments.device, "config": arguments.config}
+    command = [sys.executable, __file__, "--updates", str(arguments.updates)]
+    for flag, value in flags.items():
+        command += [] if value is None else [f"--{flag}", str(value)]
+    command += [] if arguments.threads is None else ["--threads", str(arguments.threads)]
+    command += ["--set", *arguments.set, *settings, "--inductor", *arguments.inductor]
+    if seconds <= 0:
+        return {"error": "no time left"}
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": "out of time"}
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def _cell(row: Row, column: str) -> str:
+    value = row.get(column)
+    return "-" if value is None else format(value, COLUMNS[column])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def main() -> None:
     )
     parser.set_defaults(device="auto", seed="0")
     parser.add_argument("--episodes", metavar="N", type=int, default=10, help="episodes, played side by side")
+    parser.add_argument("--best", action="store_true", help="the checkpoint of the highest return, not the newest")
     parser.add_argument("--video", metavar="FILE", type=Path, help="write one more episode as .gif or .mp4")
     arguments = parser.parse_args()
     if arguments.logdir is None:
@@ -29,7 +30,7 @@ def main() -> None:
         raise UserError(f"--seed {arguments.seed}: give a whole number of at least 0")
     import agent
 
-    player = agent.load(arguments.logdir, arguments.device, render=arguments.video is not None)
+    player = agent.load(arguments.logdir, arguments.device, render=arguments.video is not None, best=arguments.best)
     seed = int(arguments.seed)
     results = agent.evaluate(player, arguments.episodes, seed)
     if arguments.video:

@@ -15,7 +15,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     config = config_from_arguments(arguments)
-    from agent.training import new_logdir, train
+    from agent.logdir import new_logdir
+    from agent.training import train
 
     train(config, arguments.logdir or new_logdir(config))
 

@@ -43,9 +43,9 @@ class _Scan(torch.autograd.Function):
         ctx: Any, chain: Step, batched: Step, record: bool, n_carry: int, n_inputs: int, *tensors: Tensor
     ) -> Tensors:
         carry = tuple(tensor.detach() for tensor in tensors[:n_carry])
-        inputs = tuple(tensor.detach() for tensor in tensors[n_carry : n_carry + n_inputs])
+        # Contiguous in time: compiled code copies an input that begins at an odd address, as flags of one step may.
+        inputs = tuple(tensor.detach().contiguous() for tensor in tensors[n_carry : n_carry + n_inputs])
         ctx.batched, ctx.n_carry, ctx.n_inputs = batched, n_carry, n_inputs
-        ctx.save_for_backward(*tensors)
         ctx.tape = []
         carries, outputs = [], []
         for now in zip(*(tensor.unbind(0) for tensor in inputs), strict=True):
@@ -58,20 +58,26 @@ class _Scan(torch.autograd.Function):
             carry = after
             carries.append([tensor.detach() for tensor in after])
             outputs.append([tensor.detach() for tensor in output])
-        return (*_stack(carries), *_stack(outputs))
+        passed = _stack(carries)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:n_carry], *inputs, *tensors[n_carry + n_inputs :], *passed)
+        return (*passed, *_stack(outputs))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if not ctx.tape:
             raise RuntimeError("scan: backward called twice, or forward ran without gradients")
         n_carry, n_inputs = ctx.n_carry, ctx.n_inputs
         tensors = ctx.saved_tensors
-        inputs, parameters = tensors[n_carry : n_carry + n_inputs], tensors[n_carry + n_inputs :]
+        start, tensors, passed = tensors[:n_carry], tensors[n_carry:-n_carry], tensors[-n_carry:]
+        inputs, parameters = tensors[:n_inputs], tensors[n_inputs:]
+        # Once, and not at every step: a compiled backward pass copies what does not lie as it did when it was compiled.
+        grads = tuple(grad if grad is None else grad.contiguous() for grad in grads)
         arriving, carry_grad = _chain_backward(ctx.tape, grads, n_carry)
-        before = _stack([carry for carry, _ in ctx.tape])
         ctx.tape = []
 
         wanted = ctx.needs_input_grad[5 + n_carry : 5 + n_carry + n_inputs]
+        before = (torch.cat([first.unsqueeze(0), after[:-1]]) for first, after in zip(start, passed, strict=True))
         with torch.enable_grad():
             rows = tuple(
                 tensor.detach().flatten(0, 1).requires_grad_(want) for tensor, want in zip(inputs, wanted, strict=True)
@@ -86,29 +92,32 @@ class _Scan(torch.autograd.Function):
 
 
 def _chain_backward(
-    tape: list[tuple[Tensors, Tensors]], grads: Tensors, n_carry: int
-) -> tuple[list[Tensor], list[Tensor]]:
+    tape: list[tuple[Tensors, Tensors]], grads: Sequence[Tensor | None], n_carry: int
+) -> tuple[list[Tensor | None], list[Tensor]]:
     """Carry the gradient of the memory from the last step to before the first.
 
     Returns all that arrives at each step's memory and outputs, as rows (T * B, ...), and the gradient of the memory
-    before the first step (B, ...).
+    before the first step (B, ...). None is a zero that nothing has to be added to.
     """
+    from_outside, of_outputs = grads[:n_carry], grads[n_carry:]
     arriving: list[list[Tensor]] = []
-    carry_grad: list[Tensor] | None = None
+    carry_grad = [torch.zeros_like(tensor) for tensor in tape[-1][0]]
     for t in reversed(range(len(tape))):
         carry, results = tape[t]
-        now = [grad[t] for grad in grads]
-        if carry_grad is not None:
-            now[:n_carry] = [a + b for a, b in zip(now[:n_carry], carry_grad, strict=True)]
+        now = [b if a is None else a[t] + b for a, b in zip(from_outside, carry_grad, strict=True)]
         arriving.append(now)
-        carry_grad = _grad(results, carry, now)
-    assert carry_grad is not None
-    return [tensor.flatten(0, 1) for tensor in _stack(arriving[::-1])], carry_grad
+        carry_grad = _grad(results, carry, [*now, *(grad if grad is None else grad[t] for grad in of_outputs)])
+    rows = [tensor.flatten(0, 1) for tensor in _stack(arriving[::-1])]
+    return [*rows, *(grad if grad is None else grad.flatten(0, 1) for grad in of_outputs)], carry_grad
 
 
-def _grad(results: Sequence[Tensor], sources: Sequence[Tensor], arriving: Sequence[Tensor]) -> list[Tensor]:
+def _grad(results: Sequence[Tensor], sources: Sequence[Tensor], arriving: Sequence[Tensor | None]) -> list[Tensor]:
     """Gradients of `results` at `sources`, zero where there is no path."""
-    pairs = [(result, grad) for result, grad in zip(results, arriving, strict=True) if result.requires_grad]
+    pairs = [
+        (result, grad)
+        for result, grad in zip(results, arriving, strict=True)
+        if result.requires_grad and grad is not None
+    ]
     grads = torch.autograd.grad(
         [result for result, _ in pairs], list(sources), [grad for _, grad in pairs], allow_unused=True
     )

@@ -12,14 +12,15 @@ again with what z_t tells: r_t = core.read(query(z_t)) on the memory after step 
 Source: Hafner et al., "Mastering diverse control tasks through world models" (Nature, 2025).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agent.cores import RecurrentCore, State
-from agent.cores.scan import Tensors, scan
+from agent.cores.scan import Step, Tensors, scan
 from agent.distributions import categorical_sample, straight_through, unimix_log_probs
 from agent.errors import UserError
 from agent.networks import MLP, Layer, Linear
@@ -39,6 +40,17 @@ class Posterior(NamedTuple):
 
     latent: Latent
     log_probs: Tensor  # of the posterior (B, T, G, C)
+
+
+class Known(NamedTuple):
+    """What of T steps does not depend on the memory, and is computed for all of them at once: everything (B, T, ...).
+
+    With an observation posterior that is the codes, and with them the core's input. With a recurrent one it is the
+    action's part of the core's input, and the token's share of what the posterior's first layer makes of [h, token].
+    """
+
+    steps: Tensors  # what `scan_step` reads of each step
+    codes: tuple[Tensor, Tensor] | None  # z and its log-probabilities (B, T, G, C)
 
 
 class RSSM(nn.Module):
@@ -97,10 +109,12 @@ class RSSM(nn.Module):
         An action beyond [-1, 1] is scaled back to it, since the environment clips what is sampled without bounds.
         """
         # `where` and not a product: what came before a reset may be anything, and 0 * NaN is NaN.
-        forget = first.unsqueeze(-1)
-        action = torch.where(forget, 0.0, action / action.abs().clamp(min=1))
-        code = torch.where(forget, 0.0, z.flatten(-2))
-        return torch.cat([self.z_input(code.to(dtype)), self.action_input(action.to(dtype))], -1)
+        code = torch.where(first.unsqueeze(-1), 0.0, z.flatten(-2))
+        return torch.cat([self.z_input(code.to(dtype)), self._action_part(action, first, dtype)], -1)
+
+    def _action_part(self, action: Tensor, first: Tensor, dtype: torch.dtype) -> Tensor:
+        action = torch.where(first.unsqueeze(-1), 0.0, action / action.abs().clamp(min=1))
+        return self.action_input(action.to(dtype))
 
     def prior_log_probs(self, h: Tensor, dtype: torch.dtype) -> Tensor:
         """The prior log p(z | h) (..., G, C) for h (..., F)."""
@@ -126,22 +140,65 @@ class RSSM(nn.Module):
 
         Returns the new state and the posterior's log-probabilities (B, G, C). Computes in the dtype of the token.
         """
-        h, state = self.core.step(self.core_input(z, action, first, token.dtype), state, first)
-        seen = torch.cat([h.to(token.dtype), token], -1) if self.recurrent else token
-        log_probs = self._log_probs(self.posterior(seen))
+        x = self._action_part(action, first, token.dtype)
+        return self._step(state, z, x, first, self._token_part(token), uniform)
+
+    def _step(
+        self, state: State, z: Tensor, x: Tensor, first: Tensor, seen: Tensor, uniform: Tensor
+    ) -> tuple[Latent, Tensor]:
+        """`observe_step` where the shares of action and token are known: x, seen (B, hidden)."""
+        code = torch.where(first.unsqueeze(-1), 0.0, z.flatten(-2))
+        h, state = self.core.step(torch.cat([self.z_input(code.to(x.dtype)), x], -1), state, first)
+        log_probs = self._log_probs(self._memory_part(h.to(x.dtype), seen) if self.recurrent else seen)
         return Latent(state, h, self._sample(log_probs, uniform)), log_probs
 
+    def _token_part(self, token: Tensor) -> Tensor:
+        """What the posterior makes of tokens (..., E) alone: its logits, or a share of its first layer in fp32."""
+        if not self.recurrent:
+            return self.posterior(token)
+        linear = self._first_layer.linear
+        assert linear.bias is not None
+        share = F.linear(token, linear.weight[:, self.core.feature_size :].to(token.dtype))
+        return share.to(linear.bias.dtype) + linear.bias
+
+    def _memory_part(self, h: Tensor, seen: Tensor) -> Tensor:
+        """The posterior's logits from h (..., F) and the token's share (..., hidden) of its first layer."""
+        layer, (layers, output) = self._first_layer, self.posterior.children()
+        share = F.linear(h, layer.linear.weight[:, : self.core.feature_size].to(h.dtype)).to(seen.dtype)
+        hidden = F.silu(layer.norm(share + seen)).to(h.dtype)
+        for later in layers.children():
+            hidden = hidden if later is layer else later(hidden)
+        return output(hidden)
+
+    @property
+    def _first_layer(self) -> Layer:
+        """Of the posterior."""
+        return next(module for module in self.posterior.modules() if isinstance(module, Layer))
+
     def scan_step(self, carry: Tensors, inputs: Tensors) -> tuple[Tensors, Tensors]:
-        """`observe_step` in the form that `scan` runs: the memory in the order of its keys, then z."""
+        """One step in the form that `scan` runs.
+
+        With a recurrent posterior, carry is the memory in the order of its keys, then z; inputs are those of `_step`.
+        With an observation posterior z is known, and the core alone runs through time: carry is the memory.
+
+        Returns:
+            The carry after the step; h and, with a recurrent posterior, z and its log-probabilities. What is carried is
+            there twice, so that it is the compiled step that adds up the gradients from outside and from later on.
+        """
+        if not self.recurrent:
+            x, first = inputs
+            h, state = self.core.step(x, self._named(carry), first)
+            return tuple(state[key] for key in self.memory_keys), (h,)
         *memory, z = carry
-        latent, log_probs = self.observe_step(dict(zip(self.memory_keys, memory, strict=True)), z, *inputs)
-        return (*(latent.state[key] for key in self.memory_keys), latent.z), (latent.h, log_probs)
+        latent, log_probs = self._step(self._named(memory), z, *inputs)
+        return (*(latent.state[key] for key in self.memory_keys), latent.z), (latent.h, latent.z, log_probs)
+
+    def _named(self, memory: Sequence[Tensor]) -> State:
+        return dict(zip(self.memory_keys, memory, strict=True))
 
     def observe(
-        self, state: State, z: Tensor, action: Tensor, first: Tensor, token: Tensor, uniform: Tensor,
-        chain: Callable[[Tensors, Tensors], tuple[Tensors, Tensors]] | None = None,
-        batched: Callable[[Tensors, Tensors], tuple[Tensors, Tensors]] | None = None,
-    ) -> Posterior:  # fmt: skip
+        self, state: State, z: Tensor, action: Tensor, first: Tensor, token: Tensor, uniform: Tensor
+    ) -> Posterior:
         """Infer the states of a sequence.
 
         Args:
@@ -151,31 +208,52 @@ class RSSM(nn.Module):
             first: (B, T) bool.
             token: encoded observations (B, T, E).
             uniform: noise in [0, 1) (B, T, G).
+        """
+        return self.run(state, z, self.know(z, action, first, token, uniform))
+
+    def know(self, z: Tensor, action: Tensor, first: Tensor, token: Tensor, uniform: Tensor) -> Known:
+        """The part of `observe` that works on all steps at once, whatever the core; arguments as there."""
+        dtype, seen = token.dtype, self._token_part(token)
+        if self.recurrent:
+            return Known((self._action_part(action, first, dtype), first, seen, uniform), None)
+        log_probs = self._log_probs(seen)
+        codes = self._sample(log_probs, uniform)
+        before = torch.cat([z.unsqueeze(1), codes[:, :-1]], 1)
+        return Known((self.core_input(before, action, first, dtype), first), (codes, log_probs))
+
+    @property
+    def runs_in_parallel(self) -> bool:
+        """Whether nothing of `observe` goes step by step."""
+        return not self.recurrent and self.core.parallel_in_time
+
+    def run(
+        self, state: State, z: Tensor, known: Known, chain: Step | None = None, batched: Step | None = None
+    ) -> Posterior:
+        """The part of `observe` that memory runs through.
+
+        Args:
+            state: memory before the first step (B, ...).
+            z: code before the first step (B, G, C).
+            known: what `know` gave.
             chain: `scan_step` of a frozen or compiled twin, for the loop; this module's own if None.
             batched: `scan_step` of this module, compiled or not, for the gradients of the weights.
         """
-        if not self.recurrent:
-            return self._observe_in_parallel(state, z, action, first, token, uniform)
-        inputs = tuple(tensor.transpose(0, 1) for tensor in (action, first, token, uniform))
-        carry = (*(state[key] for key in self.memory_keys), z)
-        carries, (h, log_probs) = scan(
-            chain or self.scan_step, batched or self.scan_step, tuple(self._step_parameters()), carry, inputs
-        )
-        *memory, codes = (tensor.transpose(0, 1) for tensor in carries)
-        latent = Latent(dict(zip(self.memory_keys, memory, strict=True)), h.transpose(0, 1), codes)
-        return Posterior(latent, log_probs.transpose(0, 1))
+        if known.codes is not None and self.core.parallel_in_time:
+            x, first = known.steps
+            h, state = self.core.sequence(x, state, first, keep=range(x.shape[1]))
+            codes, log_probs = known.codes
+            return Posterior(Latent(state, h, codes), log_probs)
+        carry = tuple(state[key] for key in self.memory_keys) + ((z,) if self.recurrent else ())
+        carries, outputs = scan(
+            chain or self.scan_step, batched or self.scan_step, tuple(self._step_parameters()),
+            carry, tuple(tensor.transpose(0, 1) for tensor in known.steps),
+        )  # fmt: skip
+        h, *inferred = (tensor.transpose(0, 1) for tensor in outputs)
+        codes, log_probs = known.codes or inferred
+        memory = [tensor.transpose(0, 1) for tensor in carries[: len(self.memory_keys)]]
+        return Posterior(Latent(self._named(memory), h, codes), log_probs)
 
     def _step_parameters(self) -> list[nn.Parameter]:
-        """What `scan_step` reads: everything but the prior."""
-        modules = (self.z_input, self.action_input, self.core, self.posterior)
+        """What `scan_step` reads."""
+        modules = (self.z_input, self.core, self.posterior) if self.recurrent else (self.core,)
         return [parameter for module in modules for parameter in module.parameters()]
-
-    def _observe_in_parallel(
-        self, state: State, z: Tensor, action: Tensor, first: Tensor, token: Tensor, uniform: Tensor
-    ) -> Posterior:
-        log_probs = self._log_probs(self.posterior(token))
-        codes = self._sample(log_probs, uniform)
-        before = torch.cat([z.unsqueeze(1), codes[:, :-1]], 1)
-        x = self.core_input(before, action, first, token.dtype)
-        h, states = self.core.sequence(x, state, first, keep=range(x.shape[1]))
-        return Posterior(Latent(states, h, codes), log_probs)

@@ -1,5 +1,6 @@
 """A small environment to learn on: follow a target on a line. Importable by name, so that workers can make it."""
 
+import itertools
 from typing import Any
 
 import gymnasium
@@ -50,5 +51,15 @@ class Fragile(Chase):
         return super().step(action)
 
 
+class Restless(Chase):
+    """Depends on more than its seed and actions."""
+
+    lives = itertools.count()
+
+    def _observation(self) -> np.ndarray:
+        return np.array([self.place, next(self.lives) % 3], np.float32)
+
+
+gymnasium.register("Restless-v0", entry_point=Restless)
 gymnasium.register("Chase-v0", entry_point=Chase)
 gymnasium.register("Fragile-v0", entry_point=Fragile)

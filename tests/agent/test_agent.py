@@ -323,7 +323,7 @@ def test_imagination_starts_at_every_state_and_carries_no_gradient(make_agent: M
     carry = used_carry(agent, 6)
     h = carry.state["deter"].view(2, 3, -1).requires_grad_()
     z = carry.z.view(2, 3, rssm.groups, rssm.classes)
-    found = agent._imagine(Latent({"deter": h}, h, z))
+    found = agent._judged(*agent._imagine(Latent({"deter": h}, h, z)))
     horizon = agent.config.behavior.imagination_horizon
     assert found.feature.shape == (horizon + 1, 6, rssm.feature_size)
     assert found.action.shape == (horizon, 6, 2)
@@ -400,7 +400,7 @@ def test_gradient_through_the_model_equals_a_plain_loop_and_teaches_the_actor_al
     learned = dict(agent.world_model.named_parameters()) | dict(agent.behavior.named_parameters())
 
     torch.manual_seed(1)
-    imagined = agent._imagine(start)
+    imagined = agent._judged(*agent._imagine(start))
     loss = imagination_loss(
         agent.behavior, agent.frozen_critic.module, agent.slow_critic, agent.normalizer, imagined, settings
     )

@@ -335,10 +335,12 @@ def test_what_may_change_on_resume():
         "steps",
         "device",
         "compile",
+        "deterministic",
         "log.every",
         "log.tensorboard",
         "checkpoint.minutes",
         "checkpoint.keep",
+        "train.max_skipped",
     }
 
 

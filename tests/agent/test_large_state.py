@@ -204,7 +204,7 @@ def test_imagination_reads_the_memory_after_every_step(make: Make) -> None:
     rssm = agent.world_model.rssm
     z = torch.nn.functional.one_hot(torch.randint(rssm.classes, (2, 3, rssm.groups)), rssm.classes).float()
     start = Latent({"M": torch.randn(2, 3, 8, 8)}, torch.randn(2, 3, 8), z)
-    found = agent._imagine(start)
+    found = agent._judged(*agent._imagine(start))
     assert found.feature.shape == (agent.config.behavior.imagination_horizon + 1, 6, rssm.feature_size)
     state, code, no = {"M": start.state["M"].flatten(0, 1)}, z.flatten(0, 1), torch.zeros(6, dtype=torch.bool)
     for t, feature in enumerate(found.feature):
@@ -236,12 +236,12 @@ def test_metrics_tell_of_the_core(make: Make, monkeypatch: pytest.MonkeyPatch) -
     core, seen = agent.world_model.rssm.core, {}
     windows = torch.tensor([[0, 1], [8, 24]])
 
-    def optimize(gradients: list[Tensor]) -> dict[str, Tensor]:
+    def optimize(gradients: list[Tensor], fine: Tensor) -> dict[str, Tensor]:
         of = dict(zip(map(id, agent.parameters), gradients, strict=True))
         seen["gradient"] = torch.cat([of[id(parameter)].flatten() for parameter in core.parameters()]).norm().item()
         return {}
 
-    monkeypatch.setattr(agent, "_optimize", optimize)
+    monkeypatch.setattr(agent.optimizer, "step", optimize)
     agent.update(windows)
     metrics = agent.take_metrics()
     after = heads_of(replay)["state/M"]
@@ -316,6 +316,7 @@ def test_a_run_keeps_heads_says_so_and_goes_on(
     assert "GiB states of the heads of sequences only, one step in 8" in told
     saved = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))  # type: ignore[arg-type]
     assert saved["rows"] == 115
-    tensors = saved["replay"]["tensors"]
+    assert saved["replay"]["chunks"] == []
+    tensors = checkpoint.load(tmp_path / "checkpoints" / "replay" / saved["replay"]["latest"])["tensors"]
     assert tensors["reward"].shape[1] == 115 and tensors["state/M"].shape[1] == 15
     assert saved["agent"]["world_model"]["rssm.core.doubled"]

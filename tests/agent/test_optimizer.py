@@ -158,3 +158,24 @@ def test_a_saved_state_goes_on_identically() -> None:
         optimizer.step(tensors(step))
         other.step(tensors(step))
     assert all(torch.equal(a, b) for a, b in zip(ours, resumed, strict=True))
+
+
+def test_an_unwanted_step_changes_nothing_whatever_its_gradients_are() -> None:
+    weights, gradients = problem(3)
+    for first in (True, False):
+        one, other = (LaProp(parameters(weights), settings(warmup=5)) for _ in range(2))
+        for number, step in enumerate(gradients):
+            if (number == 0 and first) or (number == 2 and not first):
+                before = copy.deepcopy((one.parameters, one.state_dict()))
+                poisoned = [gradient.fill_(torch.nan) for gradient in tensors(step)]
+                one.step(poisoned, torch.tensor(False))
+                for mine, old in zip(one.parameters, before[0], strict=True):
+                    assert mine.numpy().tobytes() == old.numpy().tobytes()
+                assert one.state_dict()["count"] == before[1]["count"]
+                for name in ("square", "momentum"):
+                    for mine, old in zip(getattr(one, name), before[1][name], strict=True):
+                        assert mine.numpy().tobytes() == old.numpy().tobytes()
+            one.step(tensors(step), torch.tensor(True))
+            other.step(tensors(step))
+        for mine, theirs in zip(one.parameters, other.parameters, strict=True):
+            assert torch.equal(mine, theirs)

@@ -208,8 +208,7 @@ def test_save_and_load_go_on_identically(amount: int, tmp_path: Any) -> None:
     fill(one, 0, amount)
     if amount:
         one.sample(4)
-    checkpoint.save(tmp_path, amount, one.state_dict(), keep=1)
-    two.load_state_dict(checkpoint.load(tmp_path / f"step_{amount:012d}.pt"))
+    two.load_state_dict(checkpoint.load(checkpoint.save(tmp_path, amount, one.state_dict(), keep=1)))
     for position in range(amount, amount + 45):
         for replay in (one, two):
             replay.add(row_at(position))

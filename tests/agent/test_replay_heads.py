@@ -94,10 +94,10 @@ def test_a_long_life_equals_the_plain_lists(stride: int, length: int, seed: int,
         if random.random() < 0.1:
             if random.random() < 0.5:
                 plain.length = int(random.choice([8, 12, 21, 28])) // stride * stride
-            checkpoint.save(tmp_path, step, replay.state_dict(), keep=1)
+            path = checkpoint.save(tmp_path, step, replay.state_dict(), keep=1)
             replay = make(length=plain.length, stride=stride, online_queue=True, seed=99)
             fill(replay, 0, int(random.integers(20)))  # what is loaded replaces it
-            replay.load_state_dict(checkpoint.load(tmp_path / f"step_{step:012d}.pt"))
+            replay.load_state_dict(checkpoint.load(path))
             plain.oldest = max(plain.oldest, plain.amount - plain.length)
             plain.drop()
         plain.check(replay)

@@ -49,7 +49,9 @@ class Experience:
         return [*self.state.values(), self.z, self.action, self.token]
 
     def observe(self, rssm: RSSM, **twins: Callable) -> list[Tensor]:
-        found = rssm.observe(self.state, self.z, self.action, self.first, self.token, self.uniform, **twins)
+        found = rssm.run(
+            self.state, self.z, rssm.know(self.z, self.action, self.first, self.token, self.uniform), **twins
+        )
         latent = found.latent
         return [latent.h, latent.z, found.log_probs, *(latent.state[key] for key in sorted(latent.state))]
 
@@ -87,8 +89,7 @@ def test_observe_equals_a_plain_loop_with_values_and_all_gradients(rssm: RSSM) -
         assert (gradient.abs().max() > 0) != (id(source) in still)
 
 
-def test_observe_with_a_frozen_chain_gives_the_same(make_rssm: MakeRSSM) -> None:
-    rssm = make_rssm("recurrent")
+def test_observe_with_a_frozen_chain_gives_the_same(rssm: RSSM) -> None:
     experience = Experience(rssm)
     twin = Frozen(rssm, torch.float64).module
     sources = [*experience.sources(), *rssm.parameters()]

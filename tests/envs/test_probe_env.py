@@ -73,12 +73,19 @@ def test_vector_form_plays_what_single_ones_play(name):
         results = single.step(actions), vector.step(actions)
 
 
-def test_streams_take_the_vector_form_and_tell_the_metrics():
+def test_gymnasium_makes_the_vector_form():
+    vector = gymnasium.make_vec("probes/RepeatLagEasy-v0", 3, vectorization_mode="vector_entry_point", questions=2)
+    assert isinstance(vector.unwrapped, ProbeVectorEnv)
+    assert vector.num_envs == 3
+    with pytest.raises(EnvError, match="not made in lockstep"):
+        gymnasium.make_vec("probes/MaskedCartpoleEasy-v0", 2, vectorization_mode="vector_entry_point")
+
+
+def test_streams_tell_the_metrics():
     arguments = {"seed": 0, "options": {"questions": 3}}
     fast = Streams("probe_repeat_lag_easy", 3, parallel=False, **arguments)
     slow = Streams("probe_repeat_lag_easy", 3, parallel=True, **arguments)
     try:
-        assert isinstance(fast._envs, ProbeVectorEnv)
         rows = fast.reset(), slow.reset()
         ended = []
         for step in range(11):

@@ -1,5 +1,7 @@
 """Small environments for the tests beside, registered on import as Tiny-v0 and so on, and checked here."""
 
+import itertools
+
 import gymnasium
 import numpy as np
 from gymnasium import spaces
@@ -49,6 +51,47 @@ class Continuous(Tiny):
         return action, 0.0, False, False, {}
 
 
+class Moody(Tiny):
+    """Ends after as many steps as its seed says; what it shows depends on its actions and its draws."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.terminal, self.draw = int(self.np_random.integers(1, 9)), 0.0
+        return self._observe(), {}
+
+    def step(self, action):
+        result = super().step(action)
+        self.draw += float(action) * self.np_random.uniform()
+        return self._observe(), *result[1:]
+
+
+class Forgetful(Tiny):
+    """Depends on something that no seed governs."""
+
+    lives = itertools.count()
+
+    def _observe(self):
+        return np.array([self.count, next(Forgetful.lives)], np.float64)
+
+
+class Nan(Tiny):
+    """The second entry, or else the reward, is not a number at step 2."""
+
+    def __init__(self, of_reward=False, **arguments):
+        super().__init__(**arguments)
+        self.of_reward = of_reward
+
+    def step(self, action):
+        observation, reward, *ends = super().step(action)
+        if self.count == 2:
+            observation[1], reward = (0, np.inf) if self.of_reward else (np.nan, 0)
+        return observation, reward, *ends
+
+
+gymnasium.register("TinyMoody-v0", Moody)
+gymnasium.register("TinyForgetful-v0", Forgetful)
+gymnasium.register("TinyNan-v0", Nan)
+gymnasium.register("TinyInfinite-v0", Nan, kwargs={"of_reward": True})
 gymnasium.register("Tiny-v0", Tiny)
 gymnasium.register("TinyLimited-v0", Tiny, kwargs={"terminal": 100, "limit": 2})
 gymnasium.register("TinyContinuous-v0", Continuous)

@@ -57,8 +57,9 @@ def chunk_states(
 
     # A memory that is emptied at once is not read: what it holds may be infinite.
     kept = tl.load(first_ptr + batch * steps) == 0
-    c = tl.load(c_ptr + row * K * V + cell, mask=(keys[:, None] >= 0) & kept, other=0.0)
-    n = tl.load(n_ptr + row * K + keys, mask=(keys >= 0) & kept, other=0.0)
+    wanted = tl.where(kept, keys, -1) >= 0
+    c = tl.load(c_ptr + row * K * V + cell, mask=wanted[:, None], other=0.0)
+    n = tl.load(n_ptr + row * K + keys, mask=wanted, other=0.0)
     m = tl.where(kept, tl.load(m_ptr + row), EMPTY)
     for i in range(chunks):
         start = i * L
@@ -74,7 +75,7 @@ def chunk_states(
         n = carry * n + tl.sum(k, 0)
     tl.store(c_out_ptr + row * K * V + cell, c)
     # All programs of a row have the same n and m; one stores them.
-    tl.store(n_out_ptr + row * K + keys, n, mask=(keys >= 0) & (column == 0))
+    tl.store(n_out_ptr + row * K + keys, n, mask=tl.where(column == 0, keys, -1) >= 0)
     tl.store(m_out_ptr + row, m, mask=column == 0)
 
 

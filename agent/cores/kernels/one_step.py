@@ -49,8 +49,9 @@ def _step(
     log_input = tl.load(log_input_ptr + row)
     first = tl.load(first_ptr + row // heads) != 0
     # A memory that is emptied is not read: what it holds may be infinite.
-    c = tl.load(c_ptr + cell, mask=(keys[:, None] >= 0) & (first == 0), other=0.0)
-    n = tl.load(n_ptr + row * K + keys, mask=(keys >= 0) & (first == 0), other=0.0)
+    wanted = tl.where(first == 0, keys, -1) >= 0
+    c = tl.load(c_ptr + cell, mask=wanted[:, None], other=0.0)
+    n = tl.load(n_ptr + row * K + keys, mask=wanted, other=0.0)
     m_before = tl.where(first, EMPTY, tl.load(m_ptr + row))
 
     log_forget = tl.where(first, 0.0, tl.load(log_forget_ptr + row))

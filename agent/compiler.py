@@ -1,0 +1,33 @@
+"""Regions of the update as compiled functions, and where what was compiled is kept."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one compiled region, of the shapes that it is first called with, kept for later processes."""
+    use_lasting_cache()
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def use_lasting_cache() -> None:
+    """Let PyTorch keep compiled code in the user's cache folder, unless the environment names another place.
+
+    Its own choice is the folder for temporary files, so that after a restart of the machine, or in the next job of a
+    cluster, the first update waits for the compiler again.
+    """
+    if CACHE_VARIABLE in os.environ:
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreamer-that-remembers" / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # no home, or one that cannot be written to: PyTorch's choice is better than none
+        return
+    if os.access(folder, os.W_OK):
+        os.environ[CACHE_VARIABLE] = str(folder)

@@ -1,0 +1,146 @@
+"""How long the agent's update takes, on rows of noise: from sampling replay to new weights and refreshed latents."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+
+import envs
+from agent.agent import Agent
+from agent.replay import Replay
+from agent.schema import Config
+from agent.training import choose_training_device
+
+WARM_UP = 20  # updates in which regions compile, the graph is captured and clocks rise
+CHUNK = 10  # updates between two readings of the clock, since waiting for a GPU costs time too
+PROFILED = 5  # updates whose kernels are counted
+
+Row = dict[str, Any]
+
+
+def time_updates(config: Config, started: float, amount: int, show: Callable[[str], None] | None = None) -> Row:
+    """Measure the update of one configuration.
+
+    Args:
+        config: what to build.
+        started: `time.time()` at which this process began.
+        amount: updates to time.
+        show: given a table of the kernels in which an update spends most of its time.
+
+    Returns:
+        What ran (device, threads, parameters, ...); `first_update_s` and `steady_s`, from the start of the process to
+        the end of the first and of the last warm-up update; `ms`, the median time of an update, with `ms_p10` and
+        `ms_p90` over chunks of 10; `updates_per_s`; `peak_gib` of the GPU, or of the process on a CPU; on a GPU also
+        `kernels` an update and the share `busy` of the time in which one was running.
+    """
+    device = choose_training_device(config)
+    agent, replay = _agent_with_noise(config, device)
+
+    def update() -> None:
+        agent.update(replay.sample(config.train.batch_size))
+
+    update()
+    first = _now(device, time.time) - started
+    for _ in range(WARM_UP):
+        update()
+    steady = _now(device, time.time) - started
+    chunks = []
+    for _ in range(max(2, amount // CHUNK)):
+        before = _now(device)
+        for _ in range(CHUNK):
+            update()
+        chunks.append((_now(device) - before) * 1000 / CHUNK)
+    deciles = statistics.quantiles(chunks, n=10)
+    median = statistics.median(chunks)
+    if show is not None:
+        show(_kernel_table(update, device))
+    row = _description(config, agent, device) | {
+        "first_update_s": first, "steady_s": steady, "updates": len(chunks) * CHUNK,
+        "ms": median, "ms_p10": deciles[0], "ms_p90": deciles[-1], "updates_per_s": 1000 / median,
+        "peak_gib": _peak_bytes(device) / 2**30,
+    }  # fmt: skip
+    if device.type == "cuda":
+        row |= _profiled(update, device)
+    return row | {"loss_dynamics": agent.take_metrics()["loss/dynamics"]}  # not finite: it was no real update
+
+
+def _agent_with_noise(config: Config, device: torch.device) -> tuple[Agent, Replay]:
+    """An agent, and a replay of four random sequences for each environment."""
+    env = envs.make(config.env.name, action_repeat=config.env.action_repeat, options=config.env.options)
+    torch.manual_seed(config.seed)
+    agent = Agent(env.observation_space, env.action_space, config, device)
+    rows, latents = agent.row_specs()
+    streams, window = config.env.amount, config.train.batch_length + 1
+    replay = Replay(
+        rows, latents, streams=streams, capacity=4 * window * streams, window=window,
+        device=device, seed=0, online_queue=False, stride=agent.replay_stride,
+    )  # fmt: skip
+    kept = agent.latents(*agent.world_model.rssm.initial(streams))
+    flags = torch.zeros(streams, dtype=torch.bool)
+    for _ in range(4 * window):
+        samples = [env.observation_space.sample() for _ in range(streams)]
+        row = {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in samples[0]}
+        row["action"] = torch.stack([torch.as_tensor(env.action_space.sample()) for _ in range(streams)])
+        row |= {"reward": torch.rand(streams), "is_first": flags, "is_last": flags, "is_terminal": flags}
+        replay.add(row | kept)
+    agent.attach(replay)
+    return agent, replay
+
+
+def _now(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock()
+
+
+def _description(config: Config, agent: Agent, device: torch.device) -> Row:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "core": config.core.name, "size": config.size, "posterior": config.rssm.posterior,
+        "precision": "bf16" if agent.dtype == torch.bfloat16 else "fp32", "compile": agent.mode,
+        "batch": config.train.batch_size, "length": config.train.batch_length,
+        "parameters": sum(agent.parameter_counts().values()),
+    }  # fmt: skip
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _profiled(update: Callable[[], None], device: torch.device) -> Row:
+    """Kernels, copies and fills an update, and the share of the time in which at least one of them runs."""
+    _now(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED):
+            update()
+        _now(device)
+    on_gpu = [event for event in profile.events() or [] if event.device_type == DeviceType.CUDA]
+    spans = [(event.time_range.start, event.time_range.end) for event in on_gpu]
+    return {"kernels": len(spans) / PROFILED, "busy": busy_share(spans)}
+
+
+def busy_share(spans: Sequence[tuple[float, float]]) -> float | None:
+    """The share of the time from the first start to the last end that the spans (start, end) cover together."""
+    if not spans:
+        return None
+    covered, reached = 0.0, -float("inf")
+    for start, end in sorted(spans):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    whole = reached - min(start for start, _ in spans)
+    return covered / whole if whole else 1.0
+
+
+def _kernel_table(update: Callable[[], None], device: torch.device) -> str:
+    with torch.profiler.profile() as profile:
+        update()
+        _now(device)
+    by = f"self_{device.type}_time_total"
+    return str(profile.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=70))
