@@ -32,9 +32,9 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
             _ages(ages, row, colors[row["core"]])
         _ends(ends, own, colors)
         window = own[0]["results"][0]["evaluation"]["window"]
-        curves.set(title=f"{probe}: {name} in training, mean of {window} episodes", xlabel="frames")
+        curves.set(title=f"{probe}: {name} in training", xlabel=f"frames (means of {window} episodes)")
         curves.legend(fontsize=8, loc="best")
-        ends.set(title=f"{name} at the end, 95% interval of the mean")
+        ends.set(title=f"{name} at the end")
         gaps.set(title=f"{name} at longer gaps", xlabel="gap / trained gap")
         ages.set(title="accuracy by age", xlabel="age in steps, at most", ylim=(-0.04, 1.04))
         if name == "score":

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import envs
 from agent import config as configuration
+from agent import logdir as logdirs
 from agent.errors import UserError
 from agent.memory.config import Evaluation, Run, Suite
 from agent.memory.report import rows, sentence, table
@@ -25,7 +26,7 @@ from agent.memory.scoring import Result, task_of
 from agent.memory.worker import RESULT
 from agent.probe.report import write_json, write_text
 from agent.schema import Config
-from agent.training import check_logdir, choose_training_device
+from agent.training import choose_training_device
 
 POLL_SECONDS = 0.3
 
@@ -43,7 +44,7 @@ def run_suite(suite: Suite, out: Path, notify: Callable[[str], None]) -> None:
         SystemExit: SIGINT or SIGTERM came, and all runs have saved; the same call goes on from there.
     """
     for run in suite.runs:
-        check_logdir(run.config, out / run.name)
+        logdirs.check(run.config, out / run.name)
     for run in {run.probe: run for run in suite.runs}.values():
         choose_training_device(run.config)
         _check_env(run.config)
