@@ -15,7 +15,7 @@ from agent.behavior import (
     replay_value_loss,
 )
 from agent.capture import Captured, Tensors
-from agent.compiler import compiled
+from agent.compiler import as_it_is, compiled
 from agent.cores import State
 from agent.distributions import one_hot
 from agent.errors import UserError
@@ -106,7 +106,7 @@ class Agent:
     def _prepare(self) -> None:
         """Twin of the world model, compiled regions, captured graphs: what is made anew when its code path changes."""
         self.frozen_world_model = Frozen(self.world_model, self.dtype)
-        rssm, region = self.world_model.rssm, compiled if self.mode == "full" else _as_it_is
+        rssm, region = self.world_model.rssm, compiled if self.mode == "full" else as_it_is
         self._know = region(self._known)
         self._chain = region(self.frozen_world_model.module.rssm.scan_step)
         self._batched = region(rssm.scan_step)
@@ -426,7 +426,3 @@ class Agent:
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The entries called `prefix/...`, without the prefix."""
     return {key.removeprefix(f"{prefix}/"): value for key, value in tensors.items() if key.startswith(f"{prefix}/")}
-
-
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function

@@ -16,6 +16,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function uncompiled."""
+    return function
+
+
 def use_lasting_cache() -> None:
     """Let PyTorch keep compiled code in the user's cache folder, unless the environment names another place.
 
