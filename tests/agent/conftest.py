@@ -1,6 +1,8 @@
 """What several tests of the agent build on: small configurations, spaces, agents and filled replays."""
 
 import os
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +28,20 @@ Make = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[..., int]:
+    """Function of words: the exit status of the test module's SCRIPT, run in this process."""
+    script = str(request.module.SCRIPT)
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(script, run_name="__main__")
+        return int(caught.value.code or 0)
+
+    return run
 
 
 @pytest.fixture

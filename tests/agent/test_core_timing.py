@@ -1,6 +1,4 @@
 import json
-import runpy
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,9 @@ CPU = torch.device("cpu")
 RunScript = Callable[..., int]
 
 
-@pytest.fixture
-def run_script(monkeypatch: pytest.MonkeyPatch) -> RunScript:
-    """Function of words: the exit status of the command, in this process."""
+@pytest.fixture(autouse=True)
+def _no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core_timing, "WARM_UP_SECONDS", 0.0)
-
-    def run(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return int(caught.value.code or 0)
-
-    return run
 
 
 def test_every_core_is_checked_and_timed(

@@ -1,8 +1,6 @@
 """A suite of probes: what it writes, that it goes on, its statistics, and how it ends on a mistake."""
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,19 +27,6 @@ TINY = [
 ]
 SETTINGS = ["--set", "train.batch_size=2", "heads.units=8", "rssm.stoch=2", "rssm.classes=4", "train.ratio=4"]
 Run = Callable[..., int]
-
-
-@pytest.fixture
-def run_script(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Function of words: the exit status of the command, in this process."""
-
-    def run(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return int(caught.value.code or 0)
-
-    return run
 
 
 def test_a_suite_is_trained_evaluated_and_reused(

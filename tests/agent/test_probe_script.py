@@ -2,9 +2,7 @@
 
 import json
 import os
-import runpy
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,19 +18,6 @@ from agent.probe.report import HEADER, table
 SCRIPT = Path(__file__).parents[2] / "scripts/probe_memory.py"
 CORES = "mlstm:width=12:heads=2:head_dim=8,ortho_mlstm:width=12:heads=2:head_dim=8"
 Run = Callable[..., int]
-
-
-@pytest.fixture
-def run_script(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Function of words: the exit status of the command, in this process."""
-
-    def run(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return int(caught.value.code or 0)
-
-    return run
 
 
 def words(out: Path, cores: str = CORES) -> list[str]:
