@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agent.agent import Agent
+    from agent.config import resolve
+    from agent.cores import make_core
     from agent.evaluation import evaluate, load, record
     from agent.training import train
 
-__all__ = ["Agent", "evaluate", "load", "record", "train"]
+__all__ = ["Agent", "evaluate", "load", "make_core", "record", "resolve", "train"]
 
-_HOMES = {"Agent": "agent.agent", "train": "agent.training"}
+_HOMES = {"Agent": "agent.agent", "make_core": "agent.cores", "resolve": "agent.config", "train": "agent.training"}
 
 
 def __getattr__(name: str) -> Any:

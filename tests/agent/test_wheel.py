@@ -41,7 +41,7 @@ def run(installed: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
     """Function of a command and its words: what it printed on stdout and stderr, run in an empty folder."""
 
     def run(command: str, *words: str) -> tuple[str, str]:
-        environment = os.environ | {"PYTHONPATH": str(installed)}
+        environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
         program = [sys.executable, str(installed / "bin" / command)] if command in COMMANDS else [command]
         done = subprocess.run([*program, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
