@@ -16,7 +16,6 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     config = config_from_arguments(arguments)
-    from agent.logdir import new_logdir
     from agent.training import train
 
-    train(config, arguments.logdir or new_logdir(config))
+    train(config, arguments.logdir)
