@@ -1,5 +1,6 @@
 """The acting policy as a program that runs without this package: encoder, memory, posterior, likeliest action."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -66,7 +67,9 @@ def export(agent: Agent, file: str | Path, amount: int = 1) -> torch.export.Expo
         raise UserError(f"export: this agent lives on {agent.device}; load it with device='cpu'")
     policy = ActingPolicy(agent)
     with torch.no_grad():
-        program = torch.export.export(policy, policy.example(amount))
-    with writing(Path(file)), Path(file).open("wb") as stream:
-        torch.export.save(program, stream)
+        program = torch.export.export(policy, policy.example(amount), strict=False)
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    with writing(Path(file)):
+        Path(file).write_bytes(content.getvalue())
     return program

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 from pages import blocks
 
@@ -88,6 +89,7 @@ def see(monkeypatch: pytest.MonkeyPatch) -> Iterator[See]:
     for name in set(sys.modules) - before:
         if name.partition(".")[0] == "my_memory":
             del sys.modules[name]
+    gymnasium.registry.pop("Corridor-v0", None)
 
 
 def one_line(function: Callable[..., object], *words: object, **named: object) -> str:
@@ -113,6 +115,24 @@ def test_what_a_package_adds_is_among_the_choices(place: Path, see: See, asked: 
     assert "corridor_short and corridor_long" in one_line(envs.make, "corridor_middle")
 
 
+def with_entry_points(folder: Path, place: Path, env: str, core_line: str) -> Path:
+    """The folder, into which the page's package is put with other entry points."""
+    info = folder / "my_memory-0.1.dist-info"
+    info.mkdir()
+    (folder / "my_memory").symlink_to(place / "packages" / "my_memory")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-memory\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text(f"[{envs.ENTRY_POINTS}]\n{env}\n[{core.ENTRY_POINTS}]\n{core_line}\n")
+    return folder
+
+
+def test_a_suite_needs_no_file_of_settings(place: Path, tmp_path: Path, see: See) -> None:
+    see(with_entry_points(tmp_path, place, "maze = my_memory.corridor:make", "leaky = my_memory.leaky:Leaky"))
+    config = configuration.resolve("maze_short", size="debug")
+    assert (config.env.name, config.env.parallel) == ("maze_short", True)
+    env = envs.make("maze_short", options={"length": 7})
+    assert env.unwrapped.length == 7  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -123,13 +143,6 @@ def test_what_a_package_adds_is_among_the_choices(place: Path, see: See, asked: 
     ],
 )
 def test_a_broken_entry_point_is_named(place: Path, tmp_path: Path, see: See, entry: str, message: str) -> None:
-    info = tmp_path / "my_memory-0.1.dist-info"
-    info.mkdir()
-    (tmp_path / "my_memory").symlink_to(place / "packages" / "my_memory")
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-memory\nVersion: 0.1\n")
-    (info / "entry_points.txt").write_text(
-        f"[{envs.ENTRY_POINTS}]\ncorridor = my_memory.absent:make\n[{core.ENTRY_POINTS}]\n{entry}\n"
-    )
-    see(tmp_path)
+    see(with_entry_points(tmp_path, place, "corridor = my_memory.absent:make", entry))
     assert message in one_line(configuration.resolve, "corridor_short", "leaky", "debug")
     assert "corridor_...: my_memory.absent:make cannot be" in one_line(envs.make, "corridor_short")
