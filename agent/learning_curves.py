@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.errors import UserError, writing
+from agent.errors import writing
 from agent.intervals import CONFIDENCE, interval
 from agent.probe.figure import load_pyplot
 from agent.probe.report import markdown
@@ -93,17 +93,15 @@ def draw(
             _draw_mean(axes, setting, width, colors[setting.name])
         axes.set(title=task, xlabel="environment frames", xlim=(0, 1.02 * last), ylim=(min(0, low), high))
         axes.set_ylabel("return of training episodes" if metric == RETURN else metric)
-        axes.xaxis.set_major_formatter(lambda frames, _: f"{frames / 1000:g}k" if frames else "0")
+        if last >= 10_000:
+            axes.xaxis.set_major_formatter(lambda frames, _: f"{frames / 1000:g}k" if frames else "0")
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
         axes.legend(fontsize=7, loc="best")
     if title:
         figure.suptitle(title)
-    try:
-        with writing(file):
-            figure.savefig(file, dpi=120)
-    except ValueError as error:
-        raise UserError(f"--figure {file}: {error}") from None
+    with writing(file):
+        figure.savefig(file, dpi=120)
     pyplot.close(figure)
 
 

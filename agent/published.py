@@ -27,14 +27,14 @@ class Published(NamedTuple):
         return float(np.interp(frames, self.frames, self.mean))
 
 
-def read_published(folder: Path) -> dict[str, Published]:
-    """All curves of the folder's `*.csv`, by task; of a task in two files, the first.
+def read_published(place: Path) -> dict[str, Published]:
+    """All curves of a file, or of a folder's `*.csv`, by task; of a task in two files, the first.
 
     Raises:
         UserError: a file cannot be read or lacks a column.
     """
     found: dict[str, Published] = {}
-    for file in sorted(folder.glob("*.csv")):
+    for file in sorted(place.glob("*.csv")) if place.is_dir() else [place]:
         if file.name == SCALES:
             continue
         rows: dict[str, list[tuple[float, ...]]] = {}
@@ -49,7 +49,7 @@ def read_published(folder: Path) -> dict[str, Published]:
 
 
 def read_scales(folder: Path) -> dict[str, tuple[float, float]]:
-    """The returns that count as 0 and as 1 in a normalised table, by task or by suite."""
+    """The returns that count as 0 and as 1 in a normalised table, by task or by suite; none if it has no such file."""
     file = folder / SCALES
     return {row["task"]: (float(row["low"]), float(row["high"])) for row in _rows(file)} if file.exists() else {}
 

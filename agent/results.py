@@ -76,8 +76,11 @@ def read_runs(logdirs: Sequence[Path], metric: str, notify: Callable[[str], None
     """The runs that have the metric already; `notify` is told of those that do not.
 
     Raises:
-        UserError: a folder holds no run, or no run has the metric.
+        UserError: a folder holds no run or is given twice, or no run has the metric.
     """
+    places = [logdir.resolve() for logdir in logdirs]
+    if repeated := next((place for place in places if places.count(place) > 1), None):
+        raise UserError(f"{repeated} is given twice, and would count as two runs; give every run once")
     runs = [Logged(logdir, read_yaml(logdir / "config.yaml"), *read_metric(logdir, metric)) for logdir in logdirs]
     for run in runs:
         if not len(run.frames):

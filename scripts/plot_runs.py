@@ -6,12 +6,24 @@ from pathlib import Path
 from agent.command_line import make_parser, run_main
 from agent.errors import UserError
 from agent.learning_curves import draw, table, write_csv
+from agent.probe.figure import load_pyplot
 from agent.published import read_published, read_scales
 from agent.results import RETURN, bin_width, gather, read_runs
 
 PUBLISHED = Path(__file__).parents[1] / "docs/results/published"
 PUBLISHED_BIN = 10_000
 """Frames in a bin of the published curves."""
+
+
+def check_files(csv: Path | None, figure: Path | None) -> None:
+    """UserError if what is asked for cannot be written, as far as this can be known beforehand."""
+    for flag, file in (("--csv", csv), ("--figure", figure)):
+        if file and (file.is_dir() or not file.parent.is_dir()):
+            raise UserError(f"{flag} {file}: give a file in a folder that exists")
+    if figure and figure.suffix not in (".png", ".svg"):
+        raise UserError(f"--figure {figure}: give a file that ends in .png or .svg")
+    if figure:
+        load_pyplot()
 
 
 def main() -> None:
@@ -35,13 +47,14 @@ def main() -> None:
     parser.add_argument("--figure", metavar="FILE", type=Path, help="write a figure, .png or .svg")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write task, setting, frames, mean, interval, runs")
     parser.add_argument(
-        "--published", metavar="DIR", type=Path, default=PUBLISHED,
-        help="CSV files of published curves: task, frames, mean, min, max (docs/results/published)",
+        "--published", metavar="PATH", type=Path, default=PUBLISHED,
+        help="published curves, a CSV of task, frames, mean, min, max or a folder of them (docs/results/published)",
     )  # fmt: skip
     parser.add_argument("--title", metavar="TEXT", default="", help="title of the figure")
     arguments = parser.parse_args()
     if arguments.bins is not None and arguments.bins < 1:
         raise UserError(f"--bins {arguments.bins}: give 1 or more")
+    check_files(arguments.csv, arguments.figure)
 
     runs = read_runs(arguments.logdir, arguments.metric, lambda line: print(line, file=sys.stderr))
     settings = gather(runs)

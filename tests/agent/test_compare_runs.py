@@ -36,7 +36,7 @@ def test_mistakes_are_one_line(run_script: Run, tmp_path: Path, capsys) -> None:
     one, young = write_run(tmp_path / "a"), write_run(tmp_path / "b", frames=0)
     for words, message in (
         ([one], "two runs or more"),
-        ([one, one, "--bins", "0"], "--bins 0"),
+        ([one, young, "--bins", "0"], "--bins 0"),
         ([one, tmp_path], "config.yaml: cannot be read"),
     ):
         assert run_script(*map(str, words)) == 2

@@ -137,9 +137,11 @@ def test_a_run_without_the_metric_is_left_out(run_script: Run, tmp_path: Path, c
     [
         (["absent"], "config.yaml: cannot be read"),
         (["run", "--bins", "0"], "--bins 0"),
-        (["run", "--figure", "absent/curves.png"], "absent/curves.png: cannot be written"),
-        (["run", "--figure", "curves.xyz"], "--figure curves.xyz: Format 'xyz' is not supported"),
-        (["run", "--csv", "absent/curves.csv"], "absent/curves.csv: cannot be written"),
+        (["run", "--figure", "absent/curves.png"], "--figure absent/curves.png: give a file in a folder that exists"),
+        (["run", "--figure", "curves.xyz"], "--figure curves.xyz: give a file that ends in"),
+        (["run", "--csv", "absent/curves.csv"], "--csv absent/curves.csv: give a file in a folder that exists"),
+        (["run", "run"], "run is given twice"),
+        (["run", "--published", "absent.csv"], "absent.csv: cannot be read"),
         (["run", "--published", "broken"], "it needs the columns task, frames, mean, min, max"),
     ],
 )
