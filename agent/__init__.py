@@ -1,26 +1,48 @@
 """A Dreamer whose recurrent core is chosen by one word of config.
 
 import agent
-player = agent.load("runs/walker")
+logdir = agent.train(agent.resolve("dmc_walker", core="ortho_mlstm"))
+frames, returns = agent.read_metric(logdir, "episode/return")
+player = agent.load(logdir)
 print(agent.evaluate(player, episodes=10)["mean"])
+
+docs/tutorial.md goes through all of it.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agent.agent import Agent
+    from agent.config import resolve
+    from agent.cores import make_core
+    from agent.deployment import export
+    from agent.environment import make_env
     from agent.evaluation import evaluate, load, record
+    from agent.results import read_metric
     from agent.training import train
 
-__all__ = ["Agent", "evaluate", "load", "record", "train"]
+_HOMES = {
+    "Agent": "agent.agent",
+    "evaluate": "agent.evaluation",
+    "export": "agent.deployment",
+    "load": "agent.evaluation",
+    "make_core": "agent.cores",
+    "make_env": "agent.environment",
+    "read_metric": "agent.results",
+    "record": "agent.evaluation",
+    "resolve": "agent.config",
+    "train": "agent.training",
+}
 
-_HOMES = {"Agent": "agent.agent", "train": "agent.training"}
+__all__ = [
+    "Agent", "evaluate", "export", "load", "make_core", "make_env", "read_metric", "record", "resolve", "train"
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     # Imported when first used: `--help` should not wait for torch.
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'agent' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES.get(name, "agent.evaluation")), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -51,10 +51,15 @@ class Agent:
     """World model, behavior and optimizer on one device.
 
     Args:
-        observations: Dict space of an environment's observation.
+        observations: Dict space of an environment's observation, as `agent.make_env` gives it.
         action: its action space.
         config: the resolved configuration; `compile` and `precision` may still be `auto`.
         device: where everything lives.
+
+    Raises:
+        UserError: a space is not supported, or `config` asks for what this device or these spaces cannot do.
+
+    Source: Hafner et al., "Mastering diverse control tasks through world models" (Nature, 2025).
     """
 
     def __init__(
@@ -114,7 +119,7 @@ class Agent:
         self._imagine_step = region(self._imagined_step)
         self._evaluate = region(self._losses)
         self._optimize = region(self._optimized)
-        self._act = self._on_device(self._act_eagerly)
+        self._act = self._on_device(self.act_flat)
         self._update: Callable[[Tensors], Tensors] | None = None
         if self._replay is not None:
             self.attach(self._replay)
@@ -153,7 +158,8 @@ class Agent:
         return self.action.decode(outputs["action"]), Carry(state, outputs["z"], outputs["action"])
 
     @torch.no_grad()
-    def _act_eagerly(self, inputs: Tensors) -> Tensors:
+    def act_flat(self, inputs: Tensors) -> Tensors:
+        """`act` as a function of named tensors alone: the form that is captured as a CUDA graph, and exported."""
         model, amount = self.frozen_world_model.module, inputs["first"].shape[0]
         token = model.encoder(_part(inputs, "observation"), self.dtype)
         uniform = torch.rand(amount, model.rssm.groups, device=self.device)

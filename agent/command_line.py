@@ -1,6 +1,8 @@
 """What all scripts share: their flags, and how a user's mistake ends them."""
 
 import argparse
+import functools
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -54,9 +56,13 @@ def make_parser(description: str, examples: Sequence[str], flags: Sequence[str] 
 
     Args:
         description: what the script does.
-        examples: complete command lines, shown under the flags.
+        examples: complete command lines, shown under the flags; those of a script with the name of the installed
+            command, if that is what runs.
         flags: names of the shared flags that mean something to the script.
     """
+    program = Path(sys.argv[0])
+    if program.suffix != ".py":
+        examples = [re.sub(r"^python scripts/\w+\.py", program.name, example) for example in examples]
     parser = Parser(
         description=textwrap.fill(description, 80),
         epilog="\n  ".join(["examples:", *examples]),
@@ -89,6 +95,16 @@ def config_from_arguments(arguments: argparse.Namespace) -> Config:
         notify=lambda line: print(line, file=sys.stderr),
         **numbers,
     )
+
+
+def command(main: Callable[[], None]) -> Callable[[], NoReturn]:
+    """Decorator: a `main` for the command line, which ends the process as `run_main` says."""
+
+    @functools.wraps(main)
+    def run() -> NoReturn:
+        run_main(main)
+
+    return run
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from agent.errors import UserError
 from agent.schema import STRICT, Config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+EXTENSIONS = ("dreamer_that_remembers.envs", "dreamer_that_remembers.cores")
+"""The groups of entry points of packages that add environments or cores; their folders `configs` are read too."""
 
 SECTIONS: dict[str, type[Any]] = {
     field.name: field.type
@@ -73,15 +77,15 @@ def resolve(
     below = [default] + [values for _, values in env_layers + own]
 
     core_name = _last("core.name", *below)
-    check_choice("core.name", core_name, _names("core"))
+    check_choice("core.name", core_name, config_names("core"))
     size_name = _last("size", *below)
-    check_choice("size", size_name, [*_names("size"), "auto"])
+    check_choice("size", size_name, [*config_names("size"), "auto"])
     news: list[str] = []
     if size_name == "auto":
         device_name = _device(_last("device", *below))
         size_name = "12m" if device_name == "cuda" else "1m"
         news = [f"size: {size_name}, as auto chooses on {device_name}"]
-    size_layer = (f"size {size_name}", read_yaml(CONFIGS / "size" / f"{size_name}.yaml"))
+    size_layer = (f"size {size_name}", read_yaml(config_file("size", size_name)))
     core_layer = (f"core {core_name}", _read_core(core_name, size_name))
 
     chosen = {"env.name": env_name, "core.name": core_name, "size": size_name}
@@ -113,7 +117,7 @@ def load(path: Path) -> Config:
     """
     values = read_yaml(path)
     name = values.get("core.name")
-    check_choice("core.name", name, list(_cores()))
+    check_choice("core.name", name, _core_names())
     check_keys(values, _known_keys(str(name)), str(path))
     return _validate(values)
 
@@ -186,8 +190,7 @@ def _problem(error: Exception) -> str:
 
 def _read_core(name: str, size: str) -> Values:
     """The settings of a core's file, with those for the chosen size laid over them."""
-    path = CONFIGS / "core" / f"{name}.yaml"
-    values = read_yaml(path)
+    values = read_yaml(config_file("core", name))
     sizes: dict[str, Values] = {}
     for key in [key for key in values if key.startswith("sizes.")]:
         _, of_size, *core_key = key.split(".")
@@ -200,14 +203,30 @@ def _read_core(name: str, size: str) -> Values:
     return values | sizes[size]
 
 
-def _names(folder: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / folder).glob("*.yaml"))
+def config_names(kind: str) -> list[str]:
+    """The names of all files of a kind, as `core`: those of `configs/<kind>/`, and those of installed packages."""
+    return sorted({path.stem for folder in _folders() for path in (folder / kind).glob("*.yaml")})
+
+
+def config_file(kind: str, name: str) -> Path:
+    """The file of that kind and name; ours, should a package have one of the same name."""
+    files = [folder / kind / f"{name}.yaml" for folder in _folders()]
+    return next((file for file in files if file.exists()), files[0])
+
+
+def _folders() -> list[Path]:
+    """`configs/`, and the folder of that name in every installed package that adds environments or cores."""
+    specs = [find_spec(entry.module.partition(".")[0]) for group in EXTENSIONS for entry in entry_points(group=group)]
+    places = [place for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    return list(dict.fromkeys([CONFIGS, *(Path(place) / "configs" for place in places)]))
 
 
 def _env_files(name: Any) -> list[Path]:
     """The suite's file and, where `name` is a preset, the preset's."""
-    presets = [preset for preset in _names("env") if "_" in preset]
-    suites = [suite for suite in _names("env") if "_" not in suite]
+    known = config_names("env")
+    presets = [preset for preset in known if "_" in preset]
+    added = {entry.name for entry in entry_points(group=EXTENSIONS[0])}  # a suite that needs no settings has no file
+    suites = sorted({suite for suite in known if "_" not in suite} | added)
     if name is None:
         raise UserError(f"env.name is missing; give one with --env, for example --env {presets[0]}")
     suite, _, rest = name.partition("_") if isinstance(name, str) else ("", "", "")
@@ -217,8 +236,7 @@ def _env_files(name: Any) -> list[Path]:
             f"env.name: {_shown(name)} is unknown; the nearest preset is {_nearest(str(name), presets)}, "
             f"other names look like {forms}"
         )
-    files = [suite, name] if name in presets else [suite]
-    return [CONFIGS / "env" / f"{file}.yaml" for file in files]
+    return [config_file("env", file) for file in (suite, name) if file in known]
 
 
 def _last(key: str, *layers: Values) -> Any:
@@ -261,16 +279,32 @@ def _nearest(word: str, choices: Sequence[str]) -> str:
     return max(choices, key=likeness)
 
 
-def _cores() -> dict[str, Any]:
+def _core_names() -> list[str]:
     from agent.cores.core import registered_cores  # imports torch, which --help should not
 
-    return registered_cores()
+    return sorted({*config_names("core"), *registered_cores()})
+
+
+def core_config(name: str) -> type[Any]:
+    """The class of a core's own keys.
+
+    Raises:
+        UserError: there is no such core, or it cannot be imported.
+    """
+    from agent.cores.core import core_class
+
+    try:
+        return core_class(name).Config
+    except KeyError:
+        raise UserError(f"core {name} has a file and no class; register one, or name it in an entry point") from None
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"core {name} cannot be imported: {_line(str(error))}") from None
 
 
 @cache
 def _core_section(name: str) -> type[Any]:
     """The core's own `Config` with the key `name`."""
-    base: Any = _cores()[name].Config
+    base: Any = core_config(name)
 
     @dataclass(frozen=True, config=STRICT, kw_only=True)
     class Core(base):

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-import envs
 from agent import checkpoint
 from agent import config as configuration
 from agent.agent import Agent
+from agent.environment import make_env
 from agent.errors import UserError
 from agent.training import choose_training_device, tensors
 from envs.streams import Finished, Streams
@@ -45,13 +45,7 @@ def load(
     config = dataclasses.replace(configuration.load(logdir / "config.yaml"), device=device, compile="eager")
     found = None if best else checkpoint.recover(directory, lambda line: print(line, file=sys.stderr))
     saved = found[1] if found else checkpoint.load(path)
-    env = envs.make(
-        config.env.name,
-        action_repeat=config.env.action_repeat,
-        time_limit=config.env.time_limit,
-        render=render,
-        options=config.env.options,
-    )
+    env = make_env(config, render)
     agent = Agent(env.observation_space, env.action_space, config, choose_training_device(config))
     env.close()
     agent.load_state_dict(saved["agent"])
@@ -123,14 +117,7 @@ def record(agent: Agent, file: Path, seed: int = 0) -> float:
         import imageio.v3 as imageio
     except ImportError:
         raise UserError("--video needs imageio: pip install 'imageio[ffmpeg]'") from None
-    settings = agent.config.env
-    env = envs.make(
-        settings.name,
-        action_repeat=settings.action_repeat,
-        time_limit=settings.time_limit,
-        render=True,
-        options=settings.options,
-    )
+    env = make_env(agent.config, render=True)
     torch.manual_seed(seed)
     carry, total, over, first = agent.initial(1), 0.0, False, True
     observation, _ = env.reset(seed=seed)

@@ -54,8 +54,19 @@ def make_deterministic(config: Config, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def train(config: Config, logdir: Path) -> None:
+def train(config: Config, logdir: str | Path | None = None) -> Path:
     """Train until `config.steps` environment frames, or go on with the run that `logdir` holds.
+
+    Progress is told on stderr. SIGINT (a notebook's stop button) and SIGTERM save and then raise SystemExit. With
+    `config.env.parallel` environments are processes that import the main module anew, so that a script calls this
+    under `if __name__ == "__main__":`.
+
+    Args:
+        config: as `agent.resolve` gives it.
+        logdir: folder of the run; None is a new one in `runs/`, named after what is trained.
+
+    Returns:
+        The folder: `metrics.jsonl` for `agent.read_metric`, checkpoints for `agent.load`.
 
     Raises:
         UserError: `logdir` holds a run of another configuration, or something of `config` cannot be done here; the
@@ -63,10 +74,12 @@ def train(config: Config, logdir: Path) -> None:
     """
     started = time.monotonic()
     device = choose_training_device(config)
+    logdir = logdirs.new_logdir(config) if logdir is None else Path(logdir)
     logdirs.check(config, logdir)
     run = Run(config, logdir, device, started)
     # No name here for what was found: its tensors are mapped from files, which must not outlive their use.
     run.go(logdirs.find_checkpoint(config, logdir, lambda line: print(line, file=sys.stderr)))
+    return logdir
 
 
 class Run:

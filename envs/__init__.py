@@ -1,6 +1,7 @@
 """Environments behind one interface: `make` builds any of them by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 import gymnasium
@@ -13,6 +14,10 @@ from envs.wrappers import ActionRepeat, DictObservation, UnitAction
 __all__ = ["EnvError", "EnvironmentFailure", "make"]
 
 ADAPTERS = {"dmc": dmc, "gym": gym, "probe": probe, "popgym": popgym, "minigrid": minigrid, "memorymaze": memory_maze}
+
+
+ENTRY_POINTS = "dreamer_that_remembers.envs"
+"""The group of entry points by which other packages add suites: `suite = "module:make"`, a function like `gym.make`."""
 
 
 def make(
@@ -28,7 +33,8 @@ def make(
     Args:
         name: `dmc_<domain>_<task>` for dm_control, `gym_<Id>` for any id of gymnasium
             (`gym_<module>:<Id>` imports a module first, which may register the id), `probe_<task>_<level>` for a
-            probe of memory, `popgym_<Name>`, `minigrid_<Name>` and `memorymaze_<size>` for those suites.
+            probe of memory, `popgym_<Name>`, `minigrid_<Name>` and `memorymaze_<size>` for those suites, and
+            `<suite>_<...>` for a suite that an installed package adds.
         action_repeat: how many steps of the environment one action lasts; their rewards are summed.
         time_limit: agent steps (after the repeat) until an episode is truncated; None: the environment's own.
         render: whether `render()` returns uint8 images (H, W, 3).
@@ -46,12 +52,13 @@ def make(
         if value is not None and value < 1:
             raise EnvError(f"{key} of environment {name!r} is {value}; give an integer of 1 or more")
     suite, _, task = name.partition("_")
-    if suite not in ADAPTERS or not task:
+    make_task = _maker(suite)
+    if make_task is None or not task:
         raise EnvError(
             f"unknown environment {name!r}: names are dmc_<domain>_<task>, gym_<Id>, probe_<task>_<level>,"
             " popgym_<Name>, minigrid_<Name> or memorymaze_<size>, as in dmc_walker_walk or gym_CartPole-v1"
         )
-    env = ADAPTERS[suite].make(task, own_time_limit=time_limit is None, render=render, options=options or {})
+    env = make_task(task, own_time_limit=time_limit is None, render=render, options=options or {})
     try:
         env = UnitAction(DictObservation(env))
     except EnvError as error:
@@ -60,3 +67,15 @@ def make(
     if action_repeat > 1:
         env = ActionRepeat(env, action_repeat)
     return TimeLimit(env, time_limit) if time_limit is not None else env
+
+
+def _maker(suite: str) -> Callable[..., gymnasium.Env] | None:
+    """The function that makes environments of a suite: of this package, or of one that is installed beside it."""
+    if suite in ADAPTERS:
+        return ADAPTERS[suite].make
+    for entry in entry_points(group=ENTRY_POINTS, name=suite):
+        try:
+            return entry.load()
+        except (ImportError, AttributeError) as error:
+            raise EnvError(f"environments {suite}_...: {entry.value} cannot be imported ({error})") from None
+    return None

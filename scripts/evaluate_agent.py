@@ -1,45 +1,6 @@
-"""Evaluate a trained agent: whole episodes with the most likely actions, results as JSON on stdout."""
+"""The command `evaluate-agent`, run from a checkout."""
 
-import json
-from pathlib import Path
-
-from agent.command_line import make_parser, run_main
-from agent.errors import UserError
-
-
-def main() -> None:
-    """Read the flags, play, print."""
-    parser = make_parser(
-        "Evaluate the newest checkpoint of a run. Prints mean, std and each return as JSON.",
-        [
-            "python scripts/evaluate_agent.py --logdir runs/walker --episodes 10",
-            "python scripts/evaluate_agent.py --logdir runs/walker --video walker.gif",
-        ],
-        flags=("logdir", "device", "seed"),
-    )
-    parser.set_defaults(device="auto", seed="0")
-    parser.add_argument("--episodes", metavar="N", type=int, default=10, help="episodes, played side by side")
-    parser.add_argument("--best", action="store_true", help="the checkpoint of the highest return, not the newest")
-    parser.add_argument("--video", metavar="FILE", type=Path, help="write one more episode as .gif or .mp4")
-    arguments = parser.parse_args()
-    if arguments.logdir is None:
-        raise UserError("--logdir is missing: give the folder of a training run")
-    if arguments.episodes < 1:
-        raise UserError(f"--episodes {arguments.episodes}: give 1 or more")
-    if not arguments.seed.isdecimal():
-        raise UserError(f"--seed {arguments.seed}: give a whole number of at least 0")
-    import agent
-
-    player = agent.load(arguments.logdir, arguments.device, render=arguments.video is not None, best=arguments.best)
-    seed = int(arguments.seed)
-    results = agent.evaluate(player, arguments.episodes, seed)
-    if arguments.video:
-        results["video"] = {
-            "file": str(arguments.video),
-            "return": agent.record(player, arguments.video, seed),
-        }
-    print(json.dumps({"logdir": str(arguments.logdir), "episodes": arguments.episodes, **results}))
-
+from agent.commands.evaluate_agent import main
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

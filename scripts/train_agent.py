@@ -1,25 +1,6 @@
-"""Train a Dreamer agent, or go on with a run that was stopped."""
+"""The command `train-agent`, run from a checkout."""
 
-from agent.command_line import config_from_arguments, make_parser, run_main
-
-
-def main() -> None:
-    """Read the flags and train."""
-    parser = make_parser(
-        "Train a Dreamer agent. A --logdir that holds a run resumes it.",
-        [
-            "python scripts/train_agent.py --env dmc_walker",
-            "python scripts/train_agent.py --env dmc_cheetah_run --size 12m --steps 5e5 --logdir runs/cheetah",
-            "python scripts/train_agent.py --env gym_CartPole-v1 --set train.ratio=256 rssm.posterior=observation",
-        ],
-    )
-    arguments = parser.parse_args()
-    config = config_from_arguments(arguments)
-    from agent.logdir import new_logdir
-    from agent.training import train
-
-    train(config, arguments.logdir or new_logdir(config))
-
+from agent.commands.train_agent import main
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

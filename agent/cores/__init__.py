@@ -1,5 +1,5 @@
 """Recurrent cores: the memory of the world model, one file each."""
 
-from agent.cores.core import RecurrentCore, State, make_core, registered_cores
+from agent.cores.core import RecurrentCore, State, core_class, make_core, registered_cores
 
-__all__ = ["RecurrentCore", "State", "make_core", "registered_cores"]
+__all__ = ["RecurrentCore", "State", "core_class", "make_core", "registered_cores"]

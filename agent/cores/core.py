@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -136,6 +137,9 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 CORES: dict[str, type[RecurrentCore]] = {}
 
+ENTRY_POINTS = "dreamer_that_remembers.cores"
+"""The group of entry points by which other packages add cores: `name = "module:Class"`."""
+
 
 def register(name: str) -> Callable[[type[RecurrentCore]], type[RecurrentCore]]:
     """Class decorator: the core is chosen by `--core name`."""
@@ -148,20 +152,45 @@ def register(name: str) -> Callable[[type[RecurrentCore]], type[RecurrentCore]]:
 
 
 def registered_cores() -> dict[str, type[RecurrentCore]]:
-    """All cores by name. Every module of this package is imported, so that a new core is a new file and no more."""
+    """The cores of this package and those registered by hand, by name.
+
+    Every module of this package is imported, so that a new core is a new file and no more.
+    """
     package = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
     return CORES
 
 
+def core_class(name: str) -> type[RecurrentCore]:
+    """The core called `name`: a registered one, or that of an installed package, which is only now imported.
+
+    Raises:
+        KeyError: no core has that name.
+        TypeError: what a package calls a core is none.
+    """
+    cores = registered_cores()
+    if name not in cores:
+        for entry in entry_points(group=ENTRY_POINTS, name=name):
+            core = entry.load()
+            if not (isinstance(core, type) and issubclass(core, RecurrentCore)):
+                raise TypeError(f"{entry.value} is no subclass of RecurrentCore")
+            register(name)(core)
+    return cores[name]
+
+
 def make_core(name: str, input_size: int, config: Any) -> RecurrentCore:
-    """The core called `name` for inputs of width `input_size`; `config` is an instance of its `Config`.
+    """A core, with freshly initialised weights on the CPU.
+
+    Args:
+        name: a core of this package, one added by `register`, or one of an installed package.
+        input_size: width X of the input x (..., X).
+        config: an instance of the core's `Config`, as `agent.resolve(...).core` is.
 
     Raises:
         KeyError: no core has that name.
     """
-    core: Callable[[int, Any], RecurrentCore] = registered_cores()[name]
+    core: Callable[[int, Any], RecurrentCore] = core_class(name)
     return core(input_size, config)
 
 

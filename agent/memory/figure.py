@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.memory.report import Row, accuracy_by_age, at, interval
+from agent.intervals import interval
+from agent.memory.report import Row, accuracy_by_age, at
 from agent.probe.figure import columns, load_pyplot
 
 

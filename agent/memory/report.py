@@ -1,18 +1,16 @@
 """What a suite says at the end: one row for each probe and core, as a Markdown table."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from agent.intervals import CONFIDENCE, interval
 from agent.memory.config import Run
 from agent.memory.scoring import Result
 from agent.probe.report import markdown
 
 Row = dict[str, Any]
 """A probe and a core: their names, `seeds`, and for each of these in `results` what `score_run` gave."""
-
-CONFIDENCE = 0.95
 
 
 def rows(runs: Sequence[Run], results: dict[str, Result]) -> list[Row]:
@@ -48,35 +46,6 @@ def sentence(name: str, result: Result) -> str:
     reached, bar = result["reached"], result["evaluation"]["reached"]
     when = f"{bar:g} reached after {reached['frames']:,} frames" if reached else f"{bar:g} not reached"
     return f"{name}: {result['score_name']} {values[1]:.2f}, {longer + ', ' if longer else ''}{when}"
-
-
-def interval(values: Sequence[float]) -> float | None:
-    """Half the width of the t-interval for the mean of independent normal values; None for a single one."""
-    if len(values) < 2:
-        return None
-    return t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """The t with P(|T| < t) = confidence for Student's T, by bisection.
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-
-    def within(t: float) -> float:
-        angle = math.atan(t / math.sqrt(freedom))
-        cosine, total, term = math.cos(angle), 0.0, 1.0 if freedom % 2 == 0 else math.cos(angle)
-        for n in range(freedom % 2 + 1, freedom, 2):
-            total += term
-            term *= n / (n + 1) * cosine**2
-        total *= math.sin(angle)
-        return total if freedom % 2 == 0 else 2 / math.pi * (angle + total)
-
-    low, high = 0.0, 1e4
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < confidence else (low, middle)
-    return high
 
 
 def at(row: Row, factor: int, name: str = "value") -> list[float]:

@@ -10,7 +10,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from agent.config import CONFIGS, Values, build, check_choice, check_keys, parse_settings, read_yaml
+from agent.config import (
+    CONFIGS,
+    Values,
+    build,
+    check_choice,
+    check_keys,
+    config_file,
+    config_names,
+    core_config,
+    parse_settings,
+    read_yaml,
+)
 from agent.errors import UserError
 from agent.schema import STRICT, Count, NonNegative, Positive, Share, ShareBelowOne
 from envs.probes.noisy_recall import MultiQueryRecall, NoisyRecall, RecallTask
@@ -161,7 +172,7 @@ def resolve(spec: str, preset: str, settings: Sequence[str], flags: Mapping[str,
     for values in (of_preset, *(values for _, values in user)):
         size = values.get("size", size)
     layers = [("default.yaml", default), (preset, of_preset), *_core_layers(name, str(size)), *user]
-    known = [*default, *(f"core.{field.name}" for field in dataclasses.fields(_core_config(name)))]
+    known = [*default, *(f"core.{field.name}" for field in dataclasses.fields(core_config(name)))]
     result: Values = {}
     for source, values in layers:
         check_keys(values, known, source)
@@ -206,24 +217,16 @@ def _members(presets: Sequence[str]) -> list[str]:
 
 
 def _cores() -> list[str]:
-    """Cores that are registered and have sizes for the probe."""
-    from agent.cores.core import registered_cores  # imports torch, which --help should not
-
-    return sorted({path.stem for path in (PROBE / "core").glob("*.yaml")} & set(registered_cores()))
-
-
-def _core_config(name: str) -> type[Any]:
-    from agent.cores.core import registered_cores
-
-    return registered_cores()[name].Config
+    """Cores that have sizes for the probe."""
+    return config_names("probe/core")
 
 
 def _core_layers(name: str, size: str) -> list[tuple[str, Values]]:
     """The core's keys for the agent, its keys for the probe, and those at a size."""
-    whole = read_yaml(CONFIGS / "core" / f"{name}.yaml")
+    whole = read_yaml(config_file("core", name))
     agent = {key: value for key, value in whole.items() if key.startswith("core.")}
     del agent["core.name"]
-    path = PROBE / "core" / f"{name}.yaml"
+    path = config_file("probe/core", name)
     probe = read_yaml(path)
     sizes = {key.split(".")[1] for key in probe if key.startswith("sizes.")}
     check_choice("size", size, sorted(sizes))
@@ -235,7 +238,7 @@ def _core_layers(name: str, size: str) -> list[tuple[str, Values]]:
 
 def _build(name: str, values: Values) -> Probe:
     parts: dict[str, Any] = {key: value for key, value in values.items() if "." not in key}
-    for section, kind in (SECTIONS | {"core": _core_config(name)}).items():
+    for section, kind in (SECTIONS | {"core": core_config(name)}).items():
         own = {key.split(".")[1]: value for key, value in values.items() if key.startswith(f"{section}.")}
         parts[section] = build(kind, own, section)
     return build(Probe, parts | {"core_name": name}, "")

@@ -50,8 +50,8 @@ def test_sizes_are_those_of_the_published_presets(name):
     assert (config.rssm.stoch, config.rssm.classes) == (32, classes)
 
 
-@pytest.mark.parametrize("core", configuration._names("core"))
-@pytest.mark.parametrize("size", configuration._names("size"))
+@pytest.mark.parametrize("core", configuration.config_names("core"))
+@pytest.mark.parametrize("size", configuration.config_names("size"))
 def test_every_core_has_every_size_and_survives_a_file(core, size, tmp_path):
     config = walker(core=core, size=size)
     path = write(tmp_path, dump(config))
@@ -60,7 +60,7 @@ def test_every_core_has_every_size_and_survives_a_file(core, size, tmp_path):
     assert config.core.name == core
 
 
-@pytest.mark.parametrize("core", configuration._names("core"))
+@pytest.mark.parametrize("core", configuration.config_names("core"))
 def test_the_posterior_suits_the_core_unless_the_user_says_otherwise(core):
     parallel = registered_cores()[core].parallel_in_time
     assert walker(core=core).rssm.posterior == ("observation" if parallel else "recurrent")
@@ -81,7 +81,7 @@ def test_a_core_file_may_choose_its_posterior(tmp_path, monkeypatch):
 
 
 def test_every_registered_core_has_a_file():
-    assert set(configuration._names("core")) == {
+    assert set(configuration.config_names("core")) == {
         name for name, core in registered_cores().items() if core.__module__.startswith("agent.")
     }
 

@@ -36,10 +36,10 @@ def agent_parameters(core: str, size: str) -> int:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("core", sorted(set(configuration._names("core")) - {"gru"}))
+@pytest.mark.parametrize("core", sorted(set(configuration.config_names("core")) - {"gru"}))
 def test_every_core_is_as_large_as_the_gru_at_every_size(core: str, size: str) -> None:
     assert agent_parameters(core, size) == pytest.approx(agent_parameters("gru", size), rel=TOLERANCE)
 
 
 def test_all_sizes_are_compared() -> None:
-    assert set(SIZES) == set(configuration._names("size"))
+    assert set(SIZES) == set(configuration.config_names("size"))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from agent.intervals import interval, t_quantile
 from agent.memory.config import default_evaluation, load_suite, suite_names
-from agent.memory.report import interval, t_quantile
 from agent.memory.scoring import _interpolate, _learning
 
 SCRIPT = Path(__file__).parents[2] / "scripts/evaluate_memory.py"
