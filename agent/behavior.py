@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from agent import schema
 from agent.distributions import CategoricalPolicy, NormalPolicy, Policy
 from agent.networks import MLP, Linear
-from agent.spaces import Categories, Space
+from agent.spaces import Action, Categories
 from agent.world_model.heads import TwoHotHead
 
 ACTOR_OUTPUT_SCALE = 0.01  # first policies are near the middle of the action space
@@ -23,7 +23,7 @@ ACTOR_OUTPUT_SCALE = 0.01  # first policies are near the middle of the action sp
 class Actor(nn.Module):
     """Features -> a distribution over actions."""
 
-    def __init__(self, feature_size: int, space: Space, units: int, layers: int):
+    def __init__(self, feature_size: int, space: Action, units: int, layers: int):
         super().__init__()
         self.space = space
         self.mlp = MLP(feature_size, units, layers)
@@ -42,7 +42,7 @@ class Actor(nn.Module):
 class Behavior(nn.Module):
     """Actor and critic."""
 
-    def __init__(self, feature_size: int, action: Space, config: schema.Config):
+    def __init__(self, feature_size: int, action: Action, config: schema.Config):
         super().__init__()
         heads = config.heads
         self.actor = Actor(feature_size, action, heads.units, heads.actor_layers)

@@ -1,4 +1,4 @@
-"""What an observation or an action is made of, in the two kinds that the networks know."""
+"""What an observation or an action is made of, in the few kinds that the networks know."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +73,24 @@ class Categories:
         return torch.rand(*shape, len(self.sizes), device=device)
 
 
-Space = Vector | Categories
+@dataclass(frozen=True)
+class Image:
+    """A picture: (..., height, width, channels) of bytes, as it is stored and as the networks take it."""
+
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one value as it is stored."""
+        return (self.height, self.width, self.channels)
+
+    dtype = torch.uint8
+
+
+Action = Vector | Categories
+Space = Vector | Categories | Image
 
 
 def from_gymnasium(space: gymnasium.Space[Any], name: str) -> Space:
@@ -84,8 +101,13 @@ def from_gymnasium(space: gymnasium.Space[Any], name: str) -> Space:
     """
     if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:
         return Vector(space.shape[0])
+    if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8:
+        return Image(*space.shape)
     if isinstance(space, gymnasium.spaces.Discrete):
         return Categories((int(space.n),), scalar=True)
     if isinstance(space, gymnasium.spaces.MultiDiscrete) and space.nvec.ndim == 1:
         return Categories(tuple(int(n) for n in np.asarray(space.nvec)), scalar=False)
-    raise UserError(f"{name} has the space {space}: use a flat Box, Discrete or MultiDiscrete")
+    raise UserError(
+        f"{name} has the space {space}: use a flat Box, an image (uint8 Box of height, width, channels), Discrete or "
+        "MultiDiscrete"
+    )

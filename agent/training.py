@@ -176,7 +176,7 @@ class Run:
         while self.frames < config.steps and self.stop_signal is None:
             values = tensors(row)
             action, self.carry = agent.act(values, values["is_first"], self.carry)
-            replay.add(values | {"action": action} | agent.latents(self.carry.state, self.carry.z))
+            replay.add(agent.row(values, action, self.carry))
             actions = action.cpu().numpy()
             if not np.isfinite(actions).all():
                 self.incidents.check_acting(self.carry, self.frames)

@@ -114,7 +114,9 @@ def make_replay() -> Make:
         for t in range(rows):
             row = {}
             for key, (shape, dtype) in (row_specs | latent_specs).items():
-                if dtype.is_floating_point:
+                if key in agent.observations and dtype == torch.uint8:
+                    row[key] = torch.randint(256, (2, *shape), generator=random, dtype=torch.uint8)
+                elif dtype.is_floating_point:
                     row[key] = torch.randn(2, *shape, generator=random)
                 elif dtype != torch.bool:
                     row[key] = torch.randint(choices[key], (2, *shape), generator=random).to(dtype)
