@@ -34,12 +34,9 @@ def stacked(images: Mapping[str, Image]) -> Image:
     """
     named = ", ".join(f"{key} is {image.height} x {image.width}" for key, image in images.items())
     (height, width), *others = {(image.height, image.width) for image in images.values()}
-    if others:
-        raise UserError(f"images of one observation must be of one size, but {named}; set env.options.image_size, as to 64")
-    if height % REDUCTION or width % REDUCTION:
-        raise UserError(
-            f"images must be a multiple of {REDUCTION} pixels high and wide, but {named}; set env.options.image_size, as to 64"
-        )
+    if others or height % REDUCTION or width % REDUCTION:
+        rule = "of one size" if others else f"a multiple of {REDUCTION} pixels high and wide"
+        raise UserError(f"images must be {rule}, but {named}; set env.options.image_size, as to 64")
     return Image(height, width, sum(image.channels for image in images.values()))
 
 

@@ -140,7 +140,9 @@ def test_channels_are_those_of_the_reference() -> None:
 def test_sizes_that_do_not_fit_say_what_to_set() -> None:
     with pytest.raises(UserError, match=r"multiple of 16 pixels.*image is 84 x 84; set env\.options\.image_size"):
         stacked({"image": Image(84, 84, 3)})
-    with pytest.raises(UserError, match=r"one size, but a is 64 x 64, b is 32 x 64; set env\.options\.image_size"):
+    with pytest.raises(
+        UserError, match=r"be of one size, but a is 64 x 64, b is 32 x 64; set env\.options\.image_size"
+    ):
         stacked({"a": Image(64, 64, 3), "b": Image(32, 64, 3)})
     with pytest.raises(UserError, match=r"width, 20, and 4 times heads\.depth, 2"):
         ImageDecoder({"image": Image(16, 16, 3)}, 20, 6, depth=2, units=4)
