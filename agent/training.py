@@ -289,7 +289,8 @@ class Run:
     # ---- telling ----------------------------------------------------------------------------------------------
 
     def _introduce(self, found: tuple[Path, dict[str, Any]] | None) -> None:
-        lines = introduce(self.config, self.logdir, self.agent, self.replay)
+        assert self.streams is not None
+        lines = introduce(self.config, self.logdir, self.agent, self.replay, self.streams.note)
         if found:
             path, saved = found
             lines.append(f"resumed     {path.name}: {self.frames:,} frames, {self.agent.updates:,} updates")

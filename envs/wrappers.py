@@ -7,12 +7,13 @@ import numpy as np
 from gymnasium import spaces
 
 from envs.errors import EnvError
+from envs.images import as_image, image_shape, is_image
 
 RESERVED = ("is_first", "is_last", "is_terminal", "reward", "action")  # the other entries of a row
 
 
 class DictObservation(gymnasium.ObservationWrapper):
-    """Observations become a flat dict of float32 vectors (k,), integers () and integer vectors (k,).
+    """Observations become a flat dict of images (H, W, C), float32 vectors (k,), integers () and integer vectors (k,).
 
     The entries of a Dict space keep their names, any other space becomes the entry "observation".
 
@@ -39,6 +40,8 @@ class DictObservation(gymnasium.ObservationWrapper):
             return int(value) - int(source.start)
         if isinstance(source, spaces.MultiDiscrete):
             return (np.asarray(value) - source.start).reshape(-1).astype(np.int64)
+        if is_image(source):
+            return as_image(value, source.shape or ())
         value = np.array(value, np.float32)
         if value.shape != source.shape:
             raise ValueError(f"observation {key!r} has shape {value.shape}, its space says {source.shape}")
@@ -55,8 +58,8 @@ def observation_entry(key: str, space: spaces.Space) -> spaces.Space:
     if key in RESERVED:
         raise EnvError(f"observation {key!r} has a reserved name, rename it (taken: {', '.join(RESERVED)})")
     match space:
-        case spaces.Box() if space.dtype == np.uint8 and len(space.shape) == 3:
-            raise EnvError(f"observation {key!r} is an image: pixels are not supported yet, use state observations")
+        case spaces.Box() if is_image(space):
+            return spaces.Box(0, 255, image_shape(space.shape), np.uint8)
         case spaces.Box():
             with np.errstate(over="ignore"):  # bounds beyond float32 become infinite, as they should
                 low, high = (bound.astype(np.float32).reshape(-1) for bound in (space.low, space.high))

@@ -79,13 +79,9 @@ class BareReset(Good):
         return super().reset(seed=seed)[0]
 
 
-IMAGE = spaces.Box(0, 255, (8, 8, 3), np.uint8)
-
-
 @pytest.mark.parametrize(
     ("faulty", "words"),
     [
-        (with_space(observation_space=IMAGE), ["pixels are not supported", "state observations"]),
         (with_space(observation_space=None), ["observation_space is NoneType", "gymnasium.spaces"]),
         (with_space(observation_space=spaces.Dict(is_first=spaces.Discrete(2))), ["reserved", "rename"]),
         (with_space(action_space=spaces.Tuple([spaces.Discrete(2)])), ["action space is a Tuple", "wrap"]),

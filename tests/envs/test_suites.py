@@ -9,7 +9,7 @@ import pytest
 from gymnasium import spaces
 
 import envs
-from envs import dmc, memory_maze
+from envs import memory_maze, rendering
 from envs.check import check_env
 from envs.errors import EnvError
 from envs.streams import Streams
@@ -28,7 +28,7 @@ needs_maze = pytest.mark.skipif(importlib.util.find_spec("memory_maze") is None,
     ],
 )
 def test_absent_packages_name_the_command_on_one_line(name, package, command, monkeypatch):
-    monkeypatch.setattr(dmc, "load_suite", lambda render: None)  # a process renders, or it does not
+    monkeypatch.setattr(rendering, "load_suite", lambda render: None)  # a process renders, or it does not
     plain = builtins.__import__
 
     def refuse(module, *arguments, **more):
