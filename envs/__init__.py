@@ -6,14 +6,25 @@ from typing import Any
 import gymnasium
 from gymnasium.wrappers import TimeLimit
 
-from envs import dmc, gym, memory_maze, minigrid, popgym, probe
+from envs import atari, bsuite, crafter, dmc, gym, memory_maze, minigrid, popgym, probe
 from envs.errors import EnvError, EnvironmentFailure
 from envs.images import DrawnImage, ResizedImages
 from envs.wrappers import ActionRepeat, DictObservation, UnitAction
 
 __all__ = ["EnvError", "EnvironmentFailure", "make"]
 
-ADAPTERS = {"dmc": dmc, "gym": gym, "probe": probe, "popgym": popgym, "minigrid": minigrid, "memorymaze": memory_maze}
+ADAPTERS = {
+    "dmc": dmc,
+    "gym": gym,
+    "atari100k": atari,
+    "atari": atari,
+    "crafter": crafter,
+    "bsuite": bsuite,
+    "probe": probe,
+    "popgym": popgym,
+    "minigrid": minigrid,
+    "memorymaze": memory_maze,
+}
 
 IMAGE_SIZE = 64  # pixels, of images that are drawn at whatever size is asked for
 
@@ -31,8 +42,9 @@ def make(
     Args:
         name: `dmc_<domain>_<task>` for dm_control, with `_vision` at its end to see it in pictures; `gym_<Id>` for any
             id of gymnasium (`gym_<module>:<Id>` imports a module first, which may register the id);
-            `probe_<task>_<level>` for a probe of memory; `popgym_<Name>`, `minigrid_<Name>` and `memorymaze_<size>`
-            for those suites.
+            `probe_<task>_<level>` for a probe of memory; `atari100k_<game>` or `atari_<game>` (one adapter, other
+            presets), `crafter_reward`, `bsuite_<experiment>_<number>`, `popgym_<Name>`, `minigrid_<Name>` and
+            `memorymaze_<size>` for those suites.
         action_repeat: how many steps of the environment one action lasts; their rewards are summed.
         time_limit: agent steps (after the repeat) until an episode is truncated; None: the environment's own.
         render: whether `render()` returns uint8 images (H, W, 3).
@@ -56,8 +68,8 @@ def make(
     suite, _, task = name.partition("_")
     if suite not in ADAPTERS or not task:
         raise EnvError(
-            f"unknown environment {name!r}: names are dmc_<domain>_<task>, gym_<Id>, probe_<task>_<level>,"
-            " popgym_<Name>, minigrid_<Name> or memorymaze_<size>, as in dmc_walker_walk or gym_CartPole-v1"
+            f"unknown environment {name!r}: names are dmc_<domain>_<task>, gym_<Id>, probe_<task>_<level> or"
+            f" <suite>_<name> with one of {', '.join(ADAPTERS)}, as in dmc_walker_walk or gym_CartPole-v1"
         )
     env = ADAPTERS[suite].make(task, own_time_limit=time_limit is None, render=render, options=own)
     try:
