@@ -119,7 +119,8 @@ class Suite(gymnasium.Env):
 
     def draw(self, size: int) -> np.ndarray:
         """What a camera sees now, uint8 (size, size, 3)."""
-        return self._env.physics.render(size, size, camera_id=self._camera, **self._drawing)
+        image = self._env.physics.render(size, size, camera_id=self._camera, **self._drawing)
+        return np.ascontiguousarray(image)  # it is upside down in memory
 
     @property
     def task(self) -> Any:
