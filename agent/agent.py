@@ -25,7 +25,7 @@ from agent.networks import Frozen, parameter_count
 from agent.optimizer import LaProp
 from agent.replay import Replay, Spec
 from agent.schema import Config
-from agent.spaces import Image, Vector, from_gymnasium
+from agent.spaces import Vector, action_from_gymnasium, from_gymnasium
 from agent.world_model import Batch, WorldModel
 from agent.world_model.encoder import Observation
 from agent.world_model.heads import TwoHotHead
@@ -63,9 +63,7 @@ class Agent:
         assert isinstance(observations, spaces.Dict), "envs.make gives dict observations"
         self.config, self.device = config, device
         given = {key: from_gymnasium(space, key) for key, space in sorted(observations.items())}
-        acting = from_gymnasium(action, "action")
-        assert not isinstance(acting, Image), "envs.make gives other actions"
-        self.action = acting
+        self.action = action_from_gymnasium(action)
         on_gpu = device.type == "cuda"
         precision = config.precision if config.precision != "auto" else ("bf16" if on_gpu else "fp32")
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -7,9 +7,10 @@ import gymnasium
 from gymnasium.wrappers import TimeLimit
 
 from envs import atari, bsuite, crafter, dmc, gym, memory_maze, minigrid, popgym, probe
+from envs.actions import UnitAction
 from envs.errors import EnvError, EnvironmentFailure
 from envs.images import DrawnImage, ResizedImages
-from envs.wrappers import ActionRepeat, DictObservation, UnitAction
+from envs.wrappers import ActionRepeat, DictObservation
 
 __all__ = ["EnvError", "EnvironmentFailure", "make"]
 
@@ -54,7 +55,8 @@ def make(
     Returns:
         An environment whose observation space is a Dict of images (a uint8 Box of height, width, channels), 1-D float32
         Box, Discrete and 1-D MultiDiscrete,
-        and whose action space is a float32 Box(-1, 1) of shape (A,), a Discrete or a 1-D MultiDiscrete. In the last
+        and whose action space is a float32 Box(-1, 1) of shape (A,), a Discrete, a 1-D MultiDiscrete or a
+        `envs.actions.Hybrid` of both. In the last
         step of an episode, `info["episode_metrics"]` may hold numbers by name, which a run logs as episode/<name>.
 
     Raises:

@@ -21,6 +21,7 @@ from agent import config as configuration
 from agent import schema
 from agent.agent import Agent
 from agent.replay import Replay
+from agent.spaces import Hybrid
 
 Make = Callable[..., Any]
 
@@ -120,6 +121,9 @@ def make_replay() -> Make:
                     row[key] = torch.randn(2, *shape, generator=random)
                 elif dtype != torch.bool:
                     row[key] = torch.randint(choices[key], (2, *shape), generator=random).to(dtype)
+            if isinstance(agent.action, Hybrid):
+                sizes = agent.action.choices.sizes
+                row["action"][:, -len(sizes) :] = torch.randint(min(sizes), (2, len(sizes)), generator=random).float()
             row["is_first"] = torch.tensor([t % 11 == 0, t % 13 == 0])
             row["is_last"] = torch.tensor([t % 11 == 10, t % 13 == 12])
             row["is_terminal"] = torch.tensor([t % 11 == 10, False])

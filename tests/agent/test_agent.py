@@ -17,11 +17,13 @@ from agent.errors import UserError
 from agent.replay import Replay
 from agent.schema import Config
 from agent.world_model.rssm import Latent
+from envs import actions
 
 ACTIONS = {
     "continuous": gymnasium.spaces.Box(-1, 1, (2,), np.float32),
     "discrete": gymnasium.spaces.Discrete(3),
     "multi-discrete": gymnasium.spaces.MultiDiscrete([2, 5]),
+    "hybrid": actions.Hybrid(2, [3, 4]),
 }
 BOX = ACTIONS["continuous"]
 every_action = pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS.keys())

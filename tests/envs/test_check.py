@@ -84,7 +84,7 @@ class BareReset(Good):
     [
         (with_space(observation_space=None), ["observation_space is NoneType", "gymnasium.spaces"]),
         (with_space(observation_space=spaces.Dict(is_first=spaces.Discrete(2))), ["reserved", "rename"]),
-        (with_space(action_space=spaces.Tuple([spaces.Discrete(2)])), ["action space is a Tuple", "wrap"]),
+        (with_space(action_space=spaces.Text(3)), ["action space is a Text", "wrap"]),
         (showing(place=np.ones(4, np.float32)), ["'place'", "shape (4,)", "(3,)"]),
         (showing(place=np.ones(3, np.float64)), ["'place'", "dtype float64", ".astype(np.float32)"]),
         (showing(place=[0.0, 0.0, 0.0]), ["'place'", "is a list", "numpy array"]),

@@ -4,8 +4,9 @@ import test_tiny
 from gymnasium import spaces
 
 import envs
+from envs.actions import unit_action_space
 from envs.errors import EnvError
-from envs.wrappers import DictObservation, observation_entry, unit_action_space
+from envs.wrappers import DictObservation, observation_entry
 
 
 def test_dmc_walker_has_the_suites_observations_as_vectors():
