@@ -130,6 +130,8 @@ def test_acts_and_learns(make_agent: Make, make_replay: Make, action: gymnasium.
             for one in chosen.numpy():
                 # Samples of a continuous policy are clipped by the environment.
                 one = np.clip(one, -1, 1) if action is BOX else one
+                if isinstance(action, actions.Hybrid):
+                    one[: action.reals] = one[: action.reals].clip(-1, 1)
                 assert action.contains(np.asarray(one, action.dtype))
                 assert action is not ACTIONS["discrete"] or one.shape == ()
     replay = make_replay(agent)

@@ -229,7 +229,7 @@ def test_hybrid_policy_adds_what_its_parts_say() -> None:
     log_prob = (-0.5 * z**2 - np.log(std * np.sqrt(2 * np.pi))).sum(-1)
     nats = 0.5 * np.log(2 * np.pi * np.e * std**2).sum(-1)
     for row in range(6):
-        choices = [int((p[row].cumsum() <= u).sum()) for p, u in zip((one, other), uniform[row].double(), strict=True)]
+        choices = [int((p[row].cumsum() <= u).sum()) for p, u in zip((one, other), uniform[row].tolist(), strict=True)]
         assert action[row, 2:5].argmax() == choices[0] and action[row, 5:].argmax() == choices[1]
         log_prob[row] += np.log(one[row, choices[0]] * other[row, choices[1]])
         nats[row] -= (one[row] * np.log(one[row])).sum() + (other[row] * np.log(other[row])).sum()
