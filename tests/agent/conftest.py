@@ -67,7 +67,7 @@ def debug_config(monkeypatch: pytest.MonkeyPatch) -> Make:
 
 @pytest.fixture
 def make_agent(debug_config: Make) -> Make:
-    """Function of an action space and settings: an agent that sees three reals and one choice of four."""
+    """Function of an action space and settings: an agent that sees three reals and one choice of four, if no others."""
 
     def make(
         action: gymnasium.Space[Any],
@@ -75,15 +75,19 @@ def make_agent(debug_config: Make) -> Make:
         seed: int = 0,
         device: str = "cpu",
         core: str = "gru",
+        observations: dict[str, gymnasium.Space[Any]] | None = None,
     ) -> Agent:
-        observations = gymnasium.spaces.Dict(
-            {
-                "place": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32),
-                "signal": gymnasium.spaces.Discrete(4),
-            }
-        )
+        plain: dict[str, gymnasium.Space[Any]] = {
+            "place": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32),
+            "signal": gymnasium.spaces.Discrete(4),
+        }
         torch.manual_seed(seed)
-        return Agent(observations, action, debug_config(*settings, core=core), torch.device(device))
+        return Agent(
+            gymnasium.spaces.Dict(observations or plain),
+            action,
+            debug_config(*settings, core=core),
+            torch.device(device),
+        )
 
     return make
 

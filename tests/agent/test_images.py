@@ -17,7 +17,6 @@ from agent.agent import Agent
 from agent.behavior import Behavior
 from agent.errors import UserError
 from agent.networks import Conv, parameter_count
-from agent.schema import Config
 from agent.spaces import Image, from_gymnasium
 from agent.world_model import WorldModel
 from agent.world_model.images import ImageDecoder, ImageEncoder, stacked
@@ -194,14 +193,9 @@ MIXED = {
 
 
 @pytest.fixture
-def make_seeing_agent(debug_config: Callable[..., Config]) -> Callable[..., Agent]:
+def make_seeing_agent(make_agent: Make) -> Callable[..., Agent]:
     """Function of settings and a core: an agent that sees two images and three reals."""
-
-    def make(*settings: str, core: str = "gru") -> Agent:
-        torch.manual_seed(0)
-        return Agent(spaces.Dict(MIXED), spaces.Discrete(3), debug_config(*settings, core=core), torch.device("cpu"))
-
-    return make
+    return lambda *settings, core="gru": make_agent(spaces.Discrete(3), settings, core=core, observations=MIXED)
 
 
 def observation(amount: int) -> dict[str, Tensor]:
