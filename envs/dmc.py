@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 
 from envs.errors import EnvError, nearest
-from envs.rendering import cannot_draw, load_suite
+from envs.rendering import cannot_draw, load_suite, may_draw
 
 FRAME_SIZE = 256  # height and width of a frame for a video, pixels
 
@@ -66,7 +66,7 @@ def preload(task: str) -> list[str]:
 
     What draws is not among them: a process must not share a connection to the GPU with the one it was forked from.
     """
-    return ["envs.dmc"] if task.endswith("_vision") else ["envs.dmc", "dm_control.suite"]
+    return ["envs.dmc"] if task.endswith("_vision") or may_draw() else ["envs.dmc", "dm_control.suite"]
 
 
 class Suite(gymnasium.Env):

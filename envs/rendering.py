@@ -21,7 +21,7 @@ def load_suite(render: bool) -> ModuleType:
         EnvError: dm_control is missing or broken; or `render`, and it cannot draw here.
     """
     backend = choose_backend(render)
-    if render and backend.lower() in OFF:
+    if render and not may_draw():
         raise EnvError(
             f"dm_control cannot render with MUJOCO_GL={backend} in this process; "
             "set MUJOCO_GL=egl before starting Python"
@@ -32,7 +32,7 @@ def load_suite(render: bool) -> ModuleType:
         from dm_control import suite
     except Exception as error:  # of several kinds where a GL library is missing, or is there and has no device
         about_drawing = not isinstance(error, ImportError) or any(word in str(error) for word in ("GL", "OSMesa"))
-        if about_drawing and backend.lower() not in OFF:
+        if about_drawing and may_draw():
             raise cannot_draw(error) from None
         raise EnvError(
             f"dm_control cannot be imported ({one_line(error)}); pip install dm-control==1.0.50 mujoco==3.17.0"
@@ -48,9 +48,14 @@ def choose_backend(render: bool) -> str:
     """
     backend = os.environ.setdefault("MUJOCO_GL", "egl" if render else "disabled")
     in_main_process = multiprocessing.parent_process() is None
-    if backend.lower() not in OFF and in_main_process and importlib.util.find_spec("triton") is not None:
+    if may_draw() and in_main_process and importlib.util.find_spec("triton") is not None:
         importlib.import_module("triton")
     return backend
+
+
+def may_draw() -> bool:
+    """Whether a library to draw with has been chosen for this process, by the user or by an environment before."""
+    return os.environ.get("MUJOCO_GL", "disabled").lower() not in OFF
 
 
 def displays() -> list[str]:
