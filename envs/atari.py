@@ -3,7 +3,6 @@
 Presets choose a protocol: `atari100k` and `atari` are one adapter with other options and repeats.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +13,20 @@ from gymnasium import spaces
 
 from envs.errors import EnvError, nearest, one_line
 from envs.images import as_image, image_shape
+from envs.options import Options, option, parse
 
 INSTALL = "pip install ale-py==0.12.1"
 LONGEST = 108_000  # frames, half an hour of play, after which an episode is cut off
 
 
-@dataclass(frozen=True)
-class Protocol:
+@dataclass(frozen=True, kw_only=True)
+class Protocol(Options):
     """Options of a game; the defaults are those of Atari 100k."""
 
     gray: bool = False  # shades instead of colours
-    sticky: float = 0.0  # probability that the console repeats its last action instead
+    sticky: float = option(0.0, 0, 1)  # probability that the console repeats its last action instead
     all_actions: bool = False  # all 18, or those that the game knows
-    noops: int = 30  # an episode begins with up to so many frames without action
+    noops: int = option(30, 0)  # an episode begins with up to so many frames without action
 
 
 def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str, Any]) -> gymnasium.Env:
@@ -46,7 +46,7 @@ def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str,
     if task not in known:
         hint = nearest(task, known, "") or f"; games are {', '.join(sorted(known))}"
         raise EnvError(f"unknown game {task!r} of Atari{hint}")
-    protocol = _protocol(task, options)
+    protocol = parse(Protocol, options, f"atari_{task}")
     env = gymnasium.make(
         known[task],
         obs_type="grayscale" if protocol.gray else "rgb",
@@ -63,24 +63,6 @@ def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str,
 def identity(game: str) -> str:
     """What gymnasium calls a game."""
     return f"ALE/{''.join(word.capitalize() for word in game.split('_'))}-v5"
-
-
-def _protocol(task: str, options: Mapping[str, Any]) -> Protocol:
-    names = [field.name for field in dataclasses.fields(Protocol)]
-    for option in options:
-        if option not in names:
-            hint = nearest(option, names, "") or f"; its options are image_size, {', '.join(names)}"
-            raise EnvError(f"game {task!r} of Atari has no option {option!r}{hint}")
-    protocol = Protocol(**options)
-    for option, fine, rule in (
-        ("gray", isinstance(protocol.gray, bool), "true or false"),
-        ("all_actions", isinstance(protocol.all_actions, bool), "true or false"),
-        ("sticky", isinstance(protocol.sticky, float | int) and 0 <= protocol.sticky <= 1, "a number from 0 to 1"),
-        ("noops", isinstance(protocol.noops, int) and protocol.noops >= 0, "an integer of 0 or more"),
-    ):
-        if not fine:
-            raise EnvError(f"option {option} of game {task!r} of Atari is {options[option]!r}; it is {rule}")
-    return protocol
 
 
 def preload(task: str) -> list[str]:

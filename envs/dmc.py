@@ -1,6 +1,5 @@
 """Tasks of the dm_control suite as gymnasium environments, seen by their state or in pictures."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,22 +10,18 @@ import numpy as np
 from gymnasium import spaces
 
 from envs.errors import EnvError, nearest
+from envs.options import Options, parse
 from envs.rendering import cannot_draw, load_suite, may_draw
 
 FRAME_SIZE = 256  # height and width of a frame for a video, pixels
 
 
-@dataclass(frozen=True)
-class View:
+@dataclass(frozen=True, kw_only=True)
+class View(Options):
     """Options of a task that is seen in pictures."""
 
     fast_rendering: bool = False  # no shadows, reflections and smoothing of edges: for a CPU that draws
     state: bool = False  # show the state beside the picture
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, bool):
-                raise EnvError(f"option {name} is {value!r}; it is true or false")
 
 
 def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str, Any]) -> gymnasium.Env:
@@ -38,7 +33,7 @@ def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str,
         EnvError: dm_control is missing or broken, the task or an option is unknown, or rendering is not possible.
     """
     plain = task.removesuffix("_vision")
-    view = None if plain == task else _view(task, options)
+    view = None if plain == task else parse(View, options, f"dmc_{task}")
     if view is None and options:
         raise EnvError(f"environment 'dmc_{task}' has no options, and {', '.join(options)} was given")
     suite = load_suite(render or view is not None)
@@ -47,18 +42,6 @@ def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str,
         hint = nearest(plain, known, "dmc_") or "; names are dmc_<domain>_<task>, as in dmc_walker_walk"
         raise EnvError(f"unknown environment 'dmc_{task}'{hint}")
     return Suite(suite, *known[plain], own_time_limit, render, view)
-
-
-def _view(task: str, options: Mapping[str, Any]) -> View:
-    names = [field.name for field in dataclasses.fields(View)]
-    for option in options:
-        if option not in names:
-            hint = nearest(option, names, "") or f"; its options are image_size, {', '.join(names)}"
-            raise EnvError(f"environment 'dmc_{task}' has no option {option!r}{hint}")
-    try:
-        return View(**options)
-    except EnvError as error:
-        raise EnvError(f"environment 'dmc_{task}': {error}") from None
 
 
 def preload(task: str) -> list[str]:

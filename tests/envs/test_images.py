@@ -223,7 +223,7 @@ def test_pictures_from_processes_are_those_of_this_process():
     [
         ({"fast_rendring": True}, "did you mean fast_rendering?"),
         ({"shadows": True}, "its options are image_size, fast_rendering, state"),
-        ({"state": 1}, "option state is 1; it is true or false"),
+        ({"state": 1}, "option state is 1; give true or false"),
     ],
 )
 def test_options_of_vision_are_told(options, expected):

@@ -221,8 +221,9 @@ def test_atari_games_follow_their_protocol():
     [
         ("pongg", {}, "unknown game 'pongg' of Atari; did you mean pong?"),
         ("pong", {"grey": True}, "has no option 'grey'; did you mean gray?"),
-        ("pong", {"sticky": 2}, "option sticky .* is 2; it is a number from 0 to 1"),
-        ("pong", {"noops": -1}, "option noops .* is -1; it is an integer of 0 or more"),
+        ("pong", {"sticky": 2}, "option sticky is 2; allowed is 0 to 1"),
+        ("pong", {"gray": 1}, "option gray is 1; give true or false"),
+        ("pong", {"noops": -1}, "option noops is -1; allowed is 0 to inf"),
     ],
 )
 def test_atari_mistakes_are_told(task, options, expected):
