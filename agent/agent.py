@@ -25,7 +25,7 @@ from agent.networks import Frozen, parameter_count
 from agent.optimizer import LaProp
 from agent.replay import Replay, Spec
 from agent.schema import Config
-from agent.spaces import Vector, from_gymnasium
+from agent.spaces import Vector, action_from_gymnasium, from_gymnasium
 from agent.world_model import Batch, WorldModel
 from agent.world_model.encoder import Observation
 from agent.world_model.heads import TwoHotHead
@@ -67,8 +67,8 @@ class Agent:
     ):
         assert isinstance(observations, spaces.Dict), "envs.make gives dict observations"
         self.config, self.device = config, device
-        self.observations = {key: from_gymnasium(space, key) for key, space in sorted(observations.items())}
-        self.action = from_gymnasium(action, "action")
+        given = {key: from_gymnasium(space, key) for key, space in sorted(observations.items())}
+        self.action = action_from_gymnasium(action)
         on_gpu = device.type == "cuda"
         precision = config.precision if config.precision != "auto" else ("bf16" if on_gpu else "fp32")
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -76,7 +76,8 @@ class Agent:
         if self.mode == "graph" and not on_gpu:
             raise UserError("compile: graph needs a CUDA device; use eager or full on the CPU")
 
-        self.world_model = WorldModel(self.observations, self.action, config).to(device)
+        self.world_model = WorldModel(given, self.action, config).to(device)
+        self.observations = self.world_model.observations
         self.behavior = Behavior(self.world_model.rssm.feature_size, self.action, config).to(device)
         self.normalizer = ReturnNormalizer(config.behavior).to(device)
         modelled, behaving = list(self.world_model.parameters()), list(self.behavior.parameters())
@@ -196,6 +197,11 @@ class Agent:
         return {f"state/{key}": value.detach() for key, value in state.items()} | {
             "z": z.detach().argmax(-1).to(torch.uint8)
         }
+
+    def row(self, values: Tensors, action: Tensor, carry: Carry) -> Tensors:
+        """What replay stores of a step (N, ...): of the environments' `values` what this agent uses, and its own."""
+        kept = {key: values[key] for key in (*self.observations, *FLAGS)}
+        return kept | {"action": action} | self.latents(carry.state, carry.z)
 
     def attach(self, replay: Replay) -> None:
         """Learn from this replay from now on. Sampled rows never leave the GPU if replay lies there too."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from agent import schema
-from agent.distributions import CategoricalPolicy, NormalPolicy, Policy
+from agent.distributions import CategoricalPolicy, HybridPolicy, NormalPolicy, Policy
 from agent.networks import MLP, Linear
-from agent.spaces import Categories, Space
+from agent.spaces import Action, Categories, Hybrid, Vector
 from agent.world_model.heads import TwoHotHead
 
 ACTOR_OUTPUT_SCALE = 0.01  # first policies are near the middle of the action space
@@ -23,12 +23,13 @@ ACTOR_OUTPUT_SCALE = 0.01  # first policies are near the middle of the action sp
 class Actor(nn.Module):
     """Features -> a distribution over actions."""
 
-    def __init__(self, feature_size: int, space: Space, units: int, layers: int):
+    def __init__(self, feature_size: int, space: Action, units: int, layers: int):
         super().__init__()
         self.space = space
         self.mlp = MLP(feature_size, units, layers)
-        outputs = 1 if isinstance(space, Categories) else 2
-        self.outputs = nn.ModuleList(Linear(units, space.width, scale=ACTOR_OUTPUT_SCALE) for _ in range(outputs))
+        parts = (space.reals, space.choices) if isinstance(space, Hybrid) else (space,)
+        widths = [part.width for part in parts for _ in range(2 if isinstance(part, Vector) else 1)]
+        self.outputs = nn.ModuleList(Linear(units, width, scale=ACTOR_OUTPUT_SCALE) for width in widths)
 
     def forward(self, feature: Tensor) -> Policy:
         """Features (..., F) -> a policy over actions (..., A)."""
@@ -36,13 +37,17 @@ class Actor(nn.Module):
         outputs = [output(hidden) for output in self.outputs]
         if isinstance(self.space, Categories):
             return CategoricalPolicy.from_output(outputs[0], self.space.sizes)
-        return NormalPolicy.from_output(*outputs)
+        if isinstance(self.space, Vector):
+            return NormalPolicy.from_output(*outputs)
+        mean, std, logits = outputs
+        choices = CategoricalPolicy.from_output(logits, self.space.choices.sizes)
+        return HybridPolicy(NormalPolicy.from_output(mean, std), choices)
 
 
 class Behavior(nn.Module):
     """Actor and critic."""
 
-    def __init__(self, feature_size: int, action: Space, config: schema.Config):
+    def __init__(self, feature_size: int, action: Action, config: schema.Config):
         super().__init__()
         heads = config.heads
         self.actor = Actor(feature_size, action, heads.units, heads.actor_layers)

@@ -152,4 +152,35 @@ class CategoricalPolicy:
         return torch.stack([-(log_p.exp() * log_p).sum(-1) for log_p in self.log_probs]).sum(0)
 
 
-Policy = NormalPolicy | CategoricalPolicy
+@dataclass
+class HybridPolicy:
+    """Reals and choices at once, independent of one another: an action is (..., A) reals and then one-hot codes."""
+
+    reals: NormalPolicy
+    choices: CategoricalPolicy
+
+    def _parts(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """What concerns reals and what concerns choices, of actions or noise."""
+        reals, choices = both.tensor_split([self.reals.mean.shape[-1]], -1)
+        return reals, choices
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """An action from noise: standard normal for each real, then uniform for each choice."""
+        reals, choices = self._parts(noise)
+        return torch.cat([self.reals.sample(reals), self.choices.sample(choices)], -1)
+
+    def mode(self) -> Tensor:
+        """The most likely action."""
+        return torch.cat([self.reals.mode(), self.choices.mode()], -1)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-density (...) of all parts together."""
+        reals, choices = self._parts(action)
+        return self.reals.log_prob(reals) + self.choices.log_prob(choices)
+
+    def entropy(self) -> Tensor:
+        """Entropy (...) in nats, summed over parts."""
+        return self.reals.entropy() + self.choices.entropy()
+
+
+Policy = NormalPolicy | CategoricalPolicy | HybridPolicy

@@ -1,5 +1,6 @@
 """What a run says of itself at its start: what it is, what it will take, and, soon after, how long."""
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from agent.networks import parameter_count
 from agent.replay import Replay
 from agent.replay_files import CHUNK
 from agent.schema import Config
+from agent.spaces import Image
 
 CALIBRATION_UPDATES = 30
 """Updates, after the first few slow ones, from which the duration of the run is foretold."""
@@ -26,8 +28,8 @@ def planned_updates(config: Config) -> int:
     return max(0, int(agent_steps * train.ratio / (train.batch_size * train.batch_length)))
 
 
-def introduce(config: Config, logdir: Path, agent: Agent, replay: Replay) -> list[str]:
-    """The lines that a run begins with."""
+def introduce(config: Config, logdir: Path, agent: Agent, replay: Replay, note: str | None) -> list[str]:
+    """The lines that a run begins with; `note` is what its environment has to say."""
     counts = agent.parameter_counts()
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     device = (
@@ -38,16 +40,17 @@ def introduce(config: Config, logdir: Path, agent: Agent, replay: Replay) -> lis
     precision = "bf16" if agent.dtype == torch.bfloat16 else "fp32"
     env, train = config.env, config.train
     first = config.replay.prefill * env.action_repeat
-    return [
+    lines = [
         f"run         {logdir}: {env.name}, core {config.core.name}, size {config.size}, seed {config.seed}",
         f"device      {device}, matrix products in {precision}, update {agent.mode}",
         f"parameters  {sum(counts.values()):,}: {parts}",
         f"core        {_about_core(config, agent)}",
-        f"replay      {_about_replay(replay)}",
+        f"replay      {_about_replay(agent, replay)}",
         f"limits      {_about_limits(config, logdir, agent, replay)}",
         f"plan        {config.steps:,} frames from {env.amount} environments, {planned_updates(config):,} updates "
         f"of {train.batch_size} x {train.batch_length} steps, the first after {first:,} frames",
     ]
+    return lines if note is None else [*lines, f"environment {note}"]
 
 
 def _about_core(config: Config, agent: Agent) -> str:
@@ -59,10 +62,17 @@ def _about_core(config: Config, agent: Agent) -> str:
     )
 
 
-def _about_replay(replay: Replay) -> str:
+def _about_replay(agent: Agent, replay: Replay) -> str:
     held, everything, states = replay.streams * replay.length, replay.nbytes / 2**30, replay.latent_nbytes / 2**30
     kept = "of every step" if replay.stride == 1 else f"of the heads of sequences only, one step in {replay.stride}"
-    return f"{held:,} steps, {everything:.2f} GiB on {replay.device.type}, of which {states:.2f} GiB states {kept}"
+    pixels = sum(math.prod(space.shape) for space in agent.observations.values() if isinstance(space, Image))
+    images = f"{held * pixels / 2**30:.2f} GiB images and " if pixels else ""
+    elsewhere = agent.device.type == "cuda" and agent.config.replay.device == "auto" and replay.device.type == "cpu"
+    reason = " (more than half of what the GPU has free)" if elsewhere else ""
+    return (
+        f"{held:,} steps, {everything:.2f} GiB on {replay.device.type}{reason}, "
+        f"of which {images}{states:.2f} GiB states {kept}"
+    )
 
 
 def checkpoint_bytes(keep: int, agent: Agent, replay: Replay) -> int:

@@ -71,6 +71,29 @@ class BlockLinear(nn.Module):
         return block_linear(x, self.weight, self.bias)
 
 
+class Conv(nn.Module):
+    """Convolution of odd kernel and stride 1 that keeps the size, in the dtype of x: (N, H, W, in) -> (N, H, W, out).
+
+    Channels are the last axis outside, and in memory too, the weight's included: so norms over channels need no copy,
+    and no library turns the operands around at each call.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int):
+        super().__init__()
+        weight = torch.empty(out_channels, in_channels, kernel, kernel)
+        self.weight = nn.Parameter(weight.to(memory_format=torch.channels_last))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        initialize_(self.weight, kernel * kernel * in_channels)
+        self.padding = kernel // 2
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        same = self.bias.dtype == x.dtype
+        bias = self.bias if same else None
+        result = F.conv2d(x.permute(0, 3, 1, 2), self.weight.to(x.dtype), bias, padding=self.padding)
+        result = result.permute(0, 2, 3, 1)
+        return result if same else (result + self.bias).to(x.dtype)  # in fp32, as in Linear
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in at least fp32, returned in the dtype of x."""
 

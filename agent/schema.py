@@ -3,6 +3,7 @@
 Defaults stand in `configs/default.yaml` alone. A core's own keys are declared by the core.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
@@ -24,12 +25,21 @@ def _odd(value: int) -> int:
     return value
 
 
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"it should be a regular expression ({error})") from None
+    return value
+
+
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -43,6 +53,14 @@ class Env:
     action_repeat: PositiveInt
     time_limit: PositiveInt | None
     options: dict[str, Any]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Observation:
+    """Section `observation`."""
+
+    encode: Pattern
+    decode: Pattern
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -64,6 +82,7 @@ class Heads:
     """Section `heads`."""
 
     units: PositiveInt
+    depth: PositiveInt
     encoder_layers: PositiveInt
     decoder_layers: PositiveInt
     reward_layers: PositiveInt
@@ -177,6 +196,7 @@ class Config:
     deterministic: bool
     size: str
     env: Env
+    observation: Observation
     core: Any
     rssm: Rssm
     heads: Heads

@@ -1,4 +1,4 @@
-"""What an observation or an action is made of, in the two kinds that the networks know."""
+"""What an observation or an action is made of, in the few kinds that the networks know."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from agent.distributions import one_hot
 from agent.errors import UserError
+from envs import actions
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,91 @@ class Categories:
         return torch.rand(*shape, len(self.sizes), device=device)
 
 
-Space = Vector | Categories
+@dataclass(frozen=True)
+class Image:
+    """A picture: (..., height, width, channels) of bytes, as it is stored and as the networks take it."""
+
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one value as it is stored."""
+        return (self.height, self.width, self.channels)
+
+    dtype = torch.uint8
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Reals and choices at once: (..., stored) in fp32, reals first, each choice a whole number.
+
+    For the networks reals and one-hot codes (..., width).
+    """
+
+    reals: Vector
+    choices: Categories
+
+    dtype = torch.float32
+
+    @property
+    def width(self) -> int:
+        """Width of reals and one-hot codes together."""
+        return self.reals.width + self.choices.width
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one value as it is stored."""
+        return (self.reals.width + len(self.choices.sizes),)
+
+    def encode(self, value: Tensor) -> Tensor:
+        """As stored (..., stored) -> for the networks (..., width)."""
+        reals, choices = value.tensor_split([self.reals.width], -1)
+        return torch.cat([reals, self.choices.encode(choices.round().long())], -1)
+
+    def decode(self, encoded: Tensor) -> Tensor:
+        """What the networks made (..., width) -> as the environment takes it (..., stored)."""
+        reals, choices = encoded.tensor_split([self.reals.width], -1)
+        return torch.cat([reals, self.choices.decode(choices).to(reals.dtype)], -1)
+
+    def noise(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Noise (*shape, stored) to sample a policy with."""
+        return torch.cat([self.reals.noise(shape, device), self.choices.noise(shape, device)], -1)
+
+
+Action = Vector | Categories | Hybrid
+Space = Vector | Categories | Image
+
+
+def action_from_gymnasium(space: gymnasium.Space[Any]) -> Action:
+    """The networks' view of the action space of an environment made by `envs.make`.
+
+    Raises:
+        UserError: the space is of another kind.
+    """
+    if isinstance(space, actions.Hybrid):
+        return Hybrid(Vector(space.reals), Categories(space.sizes, scalar=False))
+    found = from_gymnasium(space, "action")
+    assert not isinstance(found, Image), "envs.make gives no such action"
+    return found
 
 
 def from_gymnasium(space: gymnasium.Space[Any], name: str) -> Space:
-    """The networks' view of a gymnasium space.
+    """The networks' view of the gymnasium space of an entry called `name`.
 
     Raises:
         UserError: the space is of another kind.
     """
     if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1:
         return Vector(space.shape[0])
+    if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8:
+        return Image(*space.shape)
     if isinstance(space, gymnasium.spaces.Discrete):
         return Categories((int(space.n),), scalar=True)
     if isinstance(space, gymnasium.spaces.MultiDiscrete) and space.nvec.ndim == 1:
         return Categories(tuple(int(n) for n in np.asarray(space.nvec)), scalar=False)
-    raise UserError(f"{name} has the space {space}: use a flat Box, Discrete or MultiDiscrete")
+    raise UserError(
+        f"{name} has the space {space}: use a flat Box, an image (uint8 Box of height, width, channels), Discrete or "
+        "MultiDiscrete"
+    )

@@ -189,7 +189,7 @@ class Run:
         while self.frames < config.steps and self.stop_signal is None:
             values = tensors(row)
             action, self.carry = agent.act(values, values["is_first"], self.carry)
-            replay.add(values | {"action": action} | agent.latents(self.carry.state, self.carry.z))
+            replay.add(agent.row(values, action, self.carry))
             actions = action.cpu().numpy()
             if not np.isfinite(actions).all():
                 self.incidents.check_acting(self.carry, self.frames)
@@ -302,7 +302,8 @@ class Run:
     # ---- telling ----------------------------------------------------------------------------------------------
 
     def _introduce(self, found: tuple[Path, dict[str, Any]] | None) -> None:
-        lines = introduce(self.config, self.logdir, self.agent, self.replay)
+        assert self.streams is not None
+        lines = introduce(self.config, self.logdir, self.agent, self.replay, self.streams.note)
         if found:
             path, saved = found
             lines.append(f"resumed     {path.name}: {self.frames:,} frames, {self.agent.updates:,} updates")

@@ -79,14 +79,14 @@ def _agent_with_noise(config: Config, device: torch.device) -> tuple[Agent, Repl
         rows, latents, streams=streams, capacity=4 * window * streams, window=window,
         device=device, seed=0, online_queue=False, stride=agent.replay_stride,
     )  # fmt: skip
-    kept = agent.latents(*agent.world_model.rssm.initial(streams))
+    carry = agent.initial(streams)
     flags = torch.zeros(streams, dtype=torch.bool)
     for _ in range(4 * window):
         samples = [env.observation_space.sample() for _ in range(streams)]
         row = {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in samples[0]}
-        row["action"] = torch.stack([torch.as_tensor(env.action_space.sample()) for _ in range(streams)])
+        action = torch.stack([torch.as_tensor(env.action_space.sample()) for _ in range(streams)])
         row |= {"reward": torch.rand(streams), "is_first": flags, "is_last": flags, "is_terminal": flags}
-        replay.add(row | kept)
+        replay.add(agent.row(row, action, carry))
     agent.attach(replay)
     return agent, replay
 

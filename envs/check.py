@@ -9,8 +9,9 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from envs.actions import unit_action_space
 from envs.errors import EnvError, one_line
-from envs.wrappers import entries, observation_entry, unit_action_space
+from envs.wrappers import entries, observation_entry
 
 logger = logging.getLogger(__name__)
 

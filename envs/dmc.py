@@ -1,7 +1,7 @@
-"""Tasks of the dm_control suite as gymnasium environments, with state observations."""
+"""Tasks of the dm_control suite as gymnasium environments, seen by their state or in pictures."""
 
-import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -9,58 +9,59 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from envs.errors import EnvError, nearest, one_line
+from envs.errors import EnvError, nearest
+from envs.options import Options, parse
+from envs.rendering import cannot_draw, load_suite, may_draw
 
-IMAGE_SIZE = 256  # height and width of a rendered frame, pixels
+FRAME_SIZE = 256  # height and width of a frame for a video, pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class View(Options):
+    """Options of a task that is seen in pictures."""
+
+    fast_rendering: bool = False  # no shadows, reflections and smoothing of edges: for a CPU that draws
+    state: bool = False  # show the state beside the picture
 
 
 def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str, Any]) -> gymnasium.Env:
     """Build `<domain>_<task>` of the suite; without its own time limit an episode may last forever.
 
+    `<domain>_<task>_vision` shows pictures instead of the state, and has the options of `View`.
+
     Raises:
-        EnvError: dm_control is missing or broken, the task is unknown, rendering is not possible, or there are options.
+        EnvError: dm_control is missing or broken, the task or an option is unknown, or rendering is not possible.
     """
-    if options:
+    plain = task.removesuffix("_vision")
+    view = None if plain == task else parse(View, options, f"dmc_{task}")
+    if view is None and options:
         raise EnvError(f"environment 'dmc_{task}' has no options, and {', '.join(options)} was given")
-    suite = load_suite(render)
+    suite = load_suite(render or view is not None)
     known = {f"{domain}_{name}": (domain, name) for domain, name in suite.ALL_TASKS}
-    if task not in known:
-        hint = nearest(task, known, "dmc_") or "; names are dmc_<domain>_<task>, as in dmc_walker_walk"
+    if plain not in known:
+        hint = nearest(plain, known, "dmc_") or "; names are dmc_<domain>_<task>, as in dmc_walker_walk"
         raise EnvError(f"unknown environment 'dmc_{task}'{hint}")
-    return Suite(suite, *known[task], own_time_limit, render)
+    return Suite(suite, *known[plain], own_time_limit, render, view)
 
 
 def preload(task: str) -> list[str]:
-    """Modules worth importing once before the processes of many environments are forked."""
-    return ["envs.dmc", "dm_control.suite"]
+    """Modules worth importing once before the processes of many environments are forked.
 
-
-def load_suite(render: bool) -> ModuleType:
-    """Import dm_control.suite; a machine without a display must choose its GL backend before that import."""
-    backend = os.environ.setdefault("MUJOCO_GL", "egl" if render else "disabled")
-    if render and backend.lower() in ("disabled", "disable", "off", "false", "0"):
-        raise EnvError(
-            f"dm_control cannot render with MUJOCO_GL={backend} in this process; "
-            "set MUJOCO_GL=egl before starting Python"
-        )
-    try:
-        from dm_control import suite
-    except ImportError as error:
-        raise EnvError(
-            f"dm_control cannot be imported ({one_line(error)}); pip install dm-control==1.0.50 mujoco==3.17.0"
-        ) from None
-    except AttributeError as error:  # what PyOpenGL raises where the GL library is missing
-        raise EnvError(
-            f"dm_control finds no GL library for MUJOCO_GL={backend} ({one_line(error)}); "
-            "apt-get install libegl1 libgl1, or set MUJOCO_GL=disabled and do without rendering"
-        ) from None
-    return suite
+    What draws is not among them: a process must not share a connection to the GPU with the one it was forked from.
+    """
+    return ["envs.dmc"] if task.endswith("_vision") or may_draw() else ["envs.dmc", "dm_control.suite"]
 
 
 class Suite(gymnasium.Env):
-    """One task. Observations are a Dict of float32 vectors, scalars of shape (1,); rewards are in [0, 1]."""
+    """One task. Observations are a Dict of float32 vectors, scalars of shape (1,); rewards are in [0, 1].
 
-    def __init__(self, suite: ModuleType, domain: str, task: str, own_time_limit: bool, render: bool) -> None:
+    Attributes:
+        drawn: whether it is to be seen in pictures, which `draw` makes; the Dict may then be empty.
+    """
+
+    def __init__(
+        self, suite: ModuleType, domain: str, task: str, own_time_limit: bool, render: bool, view: View | None
+    ) -> None:
         """Load the task; `random` only fixes the model here, every seeded reset seeds the task anew."""
         arguments: dict[str, Any] = {"random": 0}
         if not own_time_limit:
@@ -72,12 +73,37 @@ class Suite(gymnasium.Env):
         self.render_mode = "rgb_array" if render else None
         action = self._env.action_spec()
         self.action_space = spaces.Box(action.minimum, action.maximum, action.shape, np.float64)
-        self.observation_space = spaces.Dict(
-            {
-                key: spaces.Box(-np.inf, np.inf, (int(np.prod(spec.shape)),), np.float32)
-                for key, spec in self._env.observation_spec().items()
-            }
-        )
+        self._shown: dict[str, spaces.Space] = {
+            key: spaces.Box(-np.inf, np.inf, (int(np.prod(spec.shape)),), np.float32)
+            for key, spec in self._env.observation_spec().items()
+            if view is None or view.state
+        }
+        self.observation_space = spaces.Dict(self._shown)
+        self.drawn = view is not None
+        self._drawing: dict[str, Any] = {}
+        if view is not None:
+            self._prepare_drawing(view.fast_rendering)
+
+    def _prepare_drawing(self, fast: bool) -> None:
+        """Choose how to draw, and do it once: what is missing should be known now and not amid a run."""
+        if fast:
+            quality = self._env.physics.model.vis.quality
+            quality.shadowsize = quality.offsamples = 0
+            self._drawing = {"render_flag_overrides": {"shadow": False, "reflection": False}}
+            self.metadata["note"] = "rendering without shadows and reflections: not quite the published pictures"
+        else:
+            self.metadata["note"] = (
+                "rendering as published; where a CPU draws, env.options.fast_rendering=true is faster"
+            )
+        try:
+            self.draw(64)
+        except Exception as error:  # of many kinds, as there are many ways to have no GL
+            raise cannot_draw(error) from None
+
+    def draw(self, size: int) -> np.ndarray:
+        """What a camera sees now, uint8 (size, size, 3)."""
+        image = self._env.physics.render(size, size, camera_id=self._camera, **self._drawing)
+        return np.ascontiguousarray(image)  # it is upside down in memory
 
     @property
     def task(self) -> Any:
@@ -103,12 +129,11 @@ class Suite(gymnasium.Env):
 
     def render(self) -> np.ndarray:
         """Return the current frame, uint8 (256, 256, 3)."""
-        return self._env.physics.render(IMAGE_SIZE, IMAGE_SIZE, camera_id=self._camera)
+        return self.draw(FRAME_SIZE)
 
     def close(self) -> None:
         """Free the simulation."""
         self._env.close()
 
-    @staticmethod
-    def _vectors(observation: dict[str, Any]) -> dict[str, np.ndarray]:
-        return {key: np.array(value, np.float32).reshape(-1) for key, value in observation.items()}
+    def _vectors(self, observation: dict[str, Any]) -> dict[str, np.ndarray]:
+        return {key: np.array(observation[key], np.float32).reshape(-1) for key in self._shown}

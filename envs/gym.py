@@ -1,12 +1,12 @@
 """Any environment that gymnasium can make by its id."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
 
 from envs.errors import EnvError, nearest, one_line
+from envs.rendering import choose_backend
 
 
 def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str, Any]) -> gymnasium.Env:
@@ -19,7 +19,7 @@ def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str,
             that it refuses.
     """
     if render:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo tasks on a machine without a display
+        choose_backend(render)
     try:
         env = gymnasium.make(
             task,

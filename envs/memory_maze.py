@@ -8,7 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from envs import dmc
+from envs import rendering
 from envs.errors import EnvError, one_line
 
 INSTALL = "pip install memory-maze==1.0.3 gym==0.26.2"  # it imports gym and does not say so
@@ -25,7 +25,7 @@ def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str,
         raise EnvError(f"unknown environment 'memorymaze_{task}'; the sizes are {', '.join(SIZES)}")
     if render:
         raise EnvError(f"environment 'memorymaze_{task}' renders nothing but its observations; do without rendering")
-    dmc.load_suite(render=True)  # observations are pictures: chooses a GL backend, or says what hinders it
+    rendering.load_suite(render=True)  # observations are pictures: chooses a GL backend, or says what hinders it
     try:
         from memory_maze import tasks
     except ImportError as error:
@@ -37,8 +37,8 @@ def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str,
 
 
 def preload(task: str) -> list[str]:
-    """Modules worth importing once before the processes of many environments are forked."""
-    return ["envs.memory_maze", "memory_maze"]
+    """Modules worth importing once before the processes of many environments are forked: nothing that draws."""
+    return ["envs.memory_maze"]
 
 
 class Maze(gymnasium.Env):

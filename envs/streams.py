@@ -57,6 +57,7 @@ class Streams:
         observation_space, action_space: of a single environment, as `envs.make` gives them.
         amount: N.
         finished: every episode that ended in the newest row.
+        note: what the environment wants said when a run begins, or None.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Streams:
         self._envs: AsyncVectorEnv | SyncVectorEnv = make_parallel(name, makers) if parallel else make_serial(makers)
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
+        self.note: str | None = self._envs.metadata.get("note")
         self._memory = Memory(amount, self.action_space)
 
     def reset(self) -> Row:

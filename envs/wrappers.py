@@ -1,4 +1,4 @@
-"""Wrappers that turn any gymnasium environment into the few spaces that the agent understands."""
+"""Wrappers that turn any observation into the few spaces that the agent understands, and repeat actions."""
 
 from typing import Any, SupportsFloat
 
@@ -7,12 +7,13 @@ import numpy as np
 from gymnasium import spaces
 
 from envs.errors import EnvError
+from envs.images import as_image, image_shape, is_image
 
 RESERVED = ("is_first", "is_last", "is_terminal", "reward", "action")  # the other entries of a row
 
 
 class DictObservation(gymnasium.ObservationWrapper):
-    """Observations become a flat dict of float32 vectors (k,), integers () and integer vectors (k,).
+    """Observations become a flat dict of images (H, W, C), float32 vectors (k,), integers () and integer vectors (k,).
 
     The entries of a Dict space keep their names, any other space becomes the entry "observation".
 
@@ -39,6 +40,8 @@ class DictObservation(gymnasium.ObservationWrapper):
             return int(value) - int(source.start)
         if isinstance(source, spaces.MultiDiscrete):
             return (np.asarray(value) - source.start).reshape(-1).astype(np.int64)
+        if is_image(source):
+            return as_image(value, source.shape or ())
         value = np.array(value, np.float32)
         if value.shape != source.shape:
             raise ValueError(f"observation {key!r} has shape {value.shape}, its space says {source.shape}")
@@ -55,8 +58,8 @@ def observation_entry(key: str, space: spaces.Space) -> spaces.Space:
     if key in RESERVED:
         raise EnvError(f"observation {key!r} has a reserved name, rename it (taken: {', '.join(RESERVED)})")
     match space:
-        case spaces.Box() if space.dtype == np.uint8 and len(space.shape) == 3:
-            raise EnvError(f"observation {key!r} is an image: pixels are not supported yet, use state observations")
+        case spaces.Box() if is_image(space):
+            return spaces.Box(0, 255, image_shape(space.shape), np.uint8)
         case spaces.Box():
             with np.errstate(over="ignore"):  # bounds beyond float32 become infinite, as they should
                 low, high = (bound.astype(np.float32).reshape(-1) for bound in (space.low, space.high))
@@ -71,60 +74,6 @@ def observation_entry(key: str, space: spaces.Space) -> spaces.Space:
         f"observation {key!r} is a {type(space).__name__} space, which is not supported; "
         "wrap the environment to give Box, Discrete, MultiDiscrete or MultiBinary, or a flat Dict of them"
     )
-
-
-class UnitAction(gymnasium.ActionWrapper):
-    """Actions become a float32 vector in [-1, 1], an integer from 0, or a vector of integers from 0.
-
-    A continuous action is clipped to [-1, 1] and stretched to the bounds of its dimension; where a bound is
-    infinite it is passed on as it is, within the bound that is finite.
-
-    Raises:
-        EnvError: an unsupported action space.
-    """
-
-    def __init__(self, env: gymnasium.Env) -> None:
-        """Convert the action space of `env`."""
-        super().__init__(env)
-        self._source = env.action_space
-        self.action_space = unit_action_space(self._source)
-
-    def action(self, action: Any) -> Any:
-        """Convert one action of the agent to one of the environment."""
-        match self._source:
-            case spaces.Discrete(start=start):
-                return self._source.dtype.type(action + start)
-            case spaces.MultiDiscrete(start=start, shape=shape):
-                return (np.asarray(action).reshape(shape) + start).astype(self._source.dtype)
-            case spaces.Box() as box:
-                return rescale(np.asarray(action), box)
-        raise AssertionError(f"{self._source} was refused when the wrapper was made")
-
-
-def unit_action_space(space: spaces.Space) -> spaces.Space:
-    """Return the space in which the agent acts for the environment's `space`; EnvError if not supported."""
-    match space:
-        case spaces.Box() if np.issubdtype(space.dtype, np.floating):
-            return spaces.Box(-1.0, 1.0, (int(np.prod(space.shape)),), np.float32)
-        case spaces.Discrete():
-            return spaces.Discrete(int(space.n))
-        case spaces.MultiDiscrete():
-            return spaces.MultiDiscrete(space.nvec.reshape(-1))
-    kind = "Box of integers" if isinstance(space, spaces.Box) else type(space).__name__
-    raise EnvError(
-        f"the action space is a {kind}, which is not supported; "
-        "wrap the environment to take a Box of floats, Discrete or MultiDiscrete"
-    )
-
-
-def rescale(action: np.ndarray, space: spaces.Box) -> np.ndarray:
-    """Map an action (A,) in [-1, 1] to the bounds of `space` (any shape), in its shape and dtype."""
-    unit = np.clip(action.astype(np.float64), -1.0, 1.0).reshape(space.shape)
-    finite = np.isfinite(space.low) & np.isfinite(space.high)
-    low = np.where(finite, space.low, -1.0).astype(np.float64)
-    high = np.where(finite, space.high, 1.0).astype(np.float64)
-    stretched = low + (unit + 1.0) / 2.0 * (high - low)
-    return np.clip(stretched.astype(space.dtype), space.low, space.high)
 
 
 class ActionRepeat(gymnasium.Wrapper):

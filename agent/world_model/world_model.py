@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from agent.cores import make_core
 from agent.distributions import entropy, kl_divergence
 from agent.schema import Config
-from agent.spaces import Space
-from agent.world_model.encoder import Decoder, Encoder, Observation
+from agent.spaces import Action, Space
+from agent.world_model.encoder import Decoder, Encoder, Observation, chosen
 from agent.world_model.heads import ContinuationHead, TwoHotHead
 from agent.world_model.rssm import RSSM, Posterior
 
@@ -26,18 +26,25 @@ class Batch(NamedTuple):
 
 
 class WorldModel(nn.Module):
-    """What the agent believes about its environment."""
+    """What the agent believes about its environment.
 
-    def __init__(self, observations: dict[str, Space], action: Space, config: Config):
+    Attributes:
+        observations: the entries of an observation that the encoder reads or the decoder reconstructs.
+    """
+
+    def __init__(self, observations: dict[str, Space], action: Action, config: Config):
         super().__init__()
-        heads = config.heads
-        self.encoder = Encoder(observations, heads.units, heads.encoder_layers)
+        heads, keys = config.heads, config.observation
+        encoded = chosen(observations, keys.encode, "observation.encode")
+        decoded = chosen(observations, keys.decode, "observation.decode")
+        self.observations = {key: space for key, space in observations.items() if key in encoded | decoded}
+        self.encoder = Encoder(encoded, heads)
         self.rssm = RSSM(
             lambda input_size: make_core(config.core.name, input_size, config.core),
             action.width, self.encoder.token_size, config.rssm,
         )  # fmt: skip
         size = self.rssm.feature_size
-        self.decoder = Decoder(observations, size, heads.units, heads.decoder_layers)
+        self.decoder = Decoder(decoded, size, self.rssm.core.feature_size, heads)
         self.reward = TwoHotHead(size, heads.units, heads.reward_layers, heads.bins)
         self.continuation = ContinuationHead(size, heads.units, heads.continuation_layers)
         self.scales = config.loss

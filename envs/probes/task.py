@@ -1,18 +1,15 @@
 """What a probe is: rules that draw a whole episode before it begins, and what it is worth to remember in it."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
 
-from envs.errors import EnvError
-
-KINDS: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a word"}
-"""What an option may be, in words."""
+from envs import options
+from envs.options import option
 
 NOT_ASKED = -1
 """The answer at a step whose action does not count."""
@@ -29,32 +26,15 @@ class Episode(NamedTuple):
     labels: dict[str, np.ndarray]  # by name (T,) int64 from 1 on: what recall is told apart by, as "age" in steps
 
 
-def option(default: Any, low: float | None = None, high: float = math.inf) -> Any:
-    """A field of a probe with the numbers that it may be."""
-    return field(default=default, metadata={} if low is None else {"low": low, "high": high})
-
-
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(options.Options):
     """What a user may set about a probe: its fields.
 
     Attributes:
         LEVELS: by name the options that make the probe easy, middling or hard.
-
-    Raises:
-        EnvError: an option has a wrong type or is out of range.
     """
 
     LEVELS: ClassVar[dict[str, dict[str, Any]]]
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if type(value) is not each.type and not (each.type is float and type(value) is int):
-                raise EnvError(f"option {each.name} is {value!r}; give {KINDS[each.type]}")
-            if each.metadata and not each.metadata["low"] <= value <= each.metadata["high"]:
-                allowed = f"{each.metadata['low']:g} to {each.metadata['high']:g}"
-                raise EnvError(f"option {each.name} is {value:g}; allowed is {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from agent import config as configuration
 from agent import schema
 from agent.agent import Agent
 from agent.replay import Replay
+from agent.spaces import Hybrid
 
 Make = Callable[..., Any]
 
@@ -66,7 +67,7 @@ def debug_config(monkeypatch: pytest.MonkeyPatch) -> Make:
 
 @pytest.fixture
 def make_agent(debug_config: Make) -> Make:
-    """Function of an action space and settings: an agent that sees three reals and one choice of four."""
+    """Function of an action space and settings: an agent that sees three reals and one choice of four, if no others."""
 
     def make(
         action: gymnasium.Space[Any],
@@ -74,15 +75,19 @@ def make_agent(debug_config: Make) -> Make:
         seed: int = 0,
         device: str = "cpu",
         core: str = "gru",
+        observations: dict[str, gymnasium.Space[Any]] | None = None,
     ) -> Agent:
-        observations = gymnasium.spaces.Dict(
-            {
-                "place": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32),
-                "signal": gymnasium.spaces.Discrete(4),
-            }
-        )
+        plain: dict[str, gymnasium.Space[Any]] = {
+            "place": gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32),
+            "signal": gymnasium.spaces.Discrete(4),
+        }
         torch.manual_seed(seed)
-        return Agent(observations, action, debug_config(*settings, core=core), torch.device(device))
+        return Agent(
+            gymnasium.spaces.Dict(observations or plain),
+            action,
+            debug_config(*settings, core=core),
+            torch.device(device),
+        )
 
     return make
 
@@ -114,10 +119,15 @@ def make_replay() -> Make:
         for t in range(rows):
             row = {}
             for key, (shape, dtype) in (row_specs | latent_specs).items():
-                if dtype.is_floating_point:
+                if key in agent.observations and dtype == torch.uint8:
+                    row[key] = torch.randint(256, (2, *shape), generator=random, dtype=torch.uint8)
+                elif dtype.is_floating_point:
                     row[key] = torch.randn(2, *shape, generator=random)
                 elif dtype != torch.bool:
                     row[key] = torch.randint(choices[key], (2, *shape), generator=random).to(dtype)
+            if isinstance(agent.action, Hybrid):
+                sizes = agent.action.choices.sizes
+                row["action"][:, -len(sizes) :] = torch.randint(min(sizes), (2, len(sizes)), generator=random).float()
             row["is_first"] = torch.tensor([t % 11 == 0, t % 13 == 0])
             row["is_last"] = torch.tensor([t % 11 == 10, t % 13 == 12])
             row["is_terminal"] = torch.tensor([t % 11 == 10, False])

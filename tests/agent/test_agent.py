@@ -17,11 +17,13 @@ from agent.errors import UserError
 from agent.replay import Replay
 from agent.schema import Config
 from agent.world_model.rssm import Latent
+from envs import actions
 
 ACTIONS = {
     "continuous": gymnasium.spaces.Box(-1, 1, (2,), np.float32),
     "discrete": gymnasium.spaces.Discrete(3),
     "multi-discrete": gymnasium.spaces.MultiDiscrete([2, 5]),
+    "hybrid": actions.Hybrid(2, [3, 4]),
 }
 BOX = ACTIONS["continuous"]
 every_action = pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS.keys())
@@ -128,6 +130,8 @@ def test_acts_and_learns(make_agent: Make, make_replay: Make, action: gymnasium.
             for one in chosen.numpy():
                 # Samples of a continuous policy are clipped by the environment.
                 one = np.clip(one, -1, 1) if action is BOX else one
+                if isinstance(action, actions.Hybrid):
+                    one[: action.reals] = one[: action.reals].clip(-1, 1)
                 assert action.contains(np.asarray(one, action.dtype))
                 assert action is not ACTIONS["discrete"] or one.shape == ()
     replay = make_replay(agent)

@@ -22,12 +22,14 @@ Make = Callable[..., Any]
 CONTINUOUS, DISCRETE = gymnasium.spaces.Box(-1, 1, (2,), np.float32), gymnasium.spaces.Discrete(3)
 # Weights stay where they are: LaProp makes steps of equal size of gradients that are 0 but for rounding.
 SMALL = ["optimizer.warmup=0", "optimizer.lr=1e-30", "behavior.imagination_horizon=2", "train.batch_length=4"]
+IMAGE = {"image": gymnasium.spaces.Box(0, 255, (16, 16, 3), np.uint8)}
 CASES = [
     pytest.param("gru", CONTINUOUS, "behavior.gradient=dynamics", id="through the model"),
     pytest.param("mlstm", DISCRETE, "rssm.posterior=observation", id="parallel core"),
     pytest.param("gru", CONTINUOUS, "rssm.posterior=recurrent", id="recurrent", marks=pytest.mark.slow),
     pytest.param("gru", DISCRETE, "rssm.posterior=observation", id="observation", marks=pytest.mark.slow),
     pytest.param("mlstm", CONTINUOUS, "rssm.posterior=recurrent", id="large state", marks=pytest.mark.slow),
+    pytest.param("gru", DISCRETE, "observation.encode=image", id="images", marks=pytest.mark.slow),
 ]
 
 
@@ -51,7 +53,8 @@ def test_compiled_regions_equal_eager_ones_and_are_compiled_once(
     counters.clear()
     graphs, results, replay_contents = [], {}, {}
     for mode in ("full", "eager"):
-        agent: Agent = make_agent(action, [*SMALL, setting, f"compile={mode}"], core=core)
+        seen = IMAGE if setting == "observation.encode=image" else None
+        agent: Agent = make_agent(action, [*SMALL, setting, f"compile={mode}"], core=core, observations=seen)
         distance = (torch.arange(agent.config.heads.bins) - agent.config.heads.bins // 2).abs()
         for head in (agent.behavior.critic, agent.world_model.reward):  # far bins reach 4.85e8, and rounding with them
             torch.nn.init.normal_(head.output.weight, std=0.1)

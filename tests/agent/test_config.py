@@ -103,6 +103,23 @@ def test_presets():
     assert resolve("gym_package.module:Own-v0", size="debug").env.name == "gym_package.module:Own-v0"
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # frames, environments, repeat, ratio
+        ("dmc_walker_vision", (1_000_000, 4, 2, 512)),
+        ("dmc_cheetah_run_vision", (500_000, 4, 2, 512)),
+        ("atari100k_pong", (400_000, 1, 4, 128)),
+        ("atari_pong", (200_000_000, 16, 4, 32)),
+        ("crafter_reward", (1_000_000, 1, 1, 512)),
+        ("memorymaze_9x9", (100_000_000, 8, 1, 64)),
+    ],
+)
+def test_presets_hold_the_published_protocols(name, expected):
+    config = resolve(name, size="1m", device="cpu")
+    assert (config.steps, config.env.amount, config.env.action_repeat, config.train.ratio) == expected
+
+
 def test_later_layers_win(tmp_path, monkeypatch):
     layers = ["default.yaml", "env/dmc.yaml", "env/dmc_walker.yaml", "size/debug.yaml", "core/gru.yaml"]
     for count in range(1, len(layers) + 1):

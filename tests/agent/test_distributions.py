@@ -8,6 +8,7 @@ import torch
 
 from agent.distributions import (
     CategoricalPolicy,
+    HybridPolicy,
     NormalPolicy,
     categorical_sample,
     entropy,
@@ -210,3 +211,29 @@ def test_categorical_policy(sizes: tuple[int, ...]) -> None:
         assert (best.sum(-1) == 1).all()
     np.testing.assert_allclose(policy.log_prob(action).numpy(), log_prob, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(policy.entropy().numpy(), bits, rtol=1e-4, atol=1e-5)
+
+
+def test_hybrid_policy_adds_what_its_parts_say() -> None:
+    raw_mean, raw_std, logits = torch.randn(6, 2), torch.randn(6, 2), torch.randn(6, 3 + 4)
+    reals = NormalPolicy.from_output(raw_mean, raw_std)
+    policy = HybridPolicy(reals, CategoricalPolicy.from_output(logits, (3, 4)))
+    normal, uniform = torch.randn(6, 2), torch.rand(6, 2)
+    action = policy.sample(torch.cat([normal, uniform], -1))
+    assert action.shape == (6, 2 + 3 + 4) and policy.mode().shape == action.shape
+
+    mean = np.tanh(raw_mean.double().numpy())
+    std = 0.9 / (1 + np.exp(-(raw_std.double().numpy() + 2))) + 0.1
+    np.testing.assert_allclose(action[:, :2].numpy(), mean + std * normal.numpy(), rtol=1e-5, atol=1e-6)
+    one, other = (softmax(logits.double().numpy()[:, part]) for part in (slice(0, 3), slice(3, 7)))
+    z = (action[:, :2].double().numpy() - mean) / std
+    log_prob = (-0.5 * z**2 - np.log(std * np.sqrt(2 * np.pi))).sum(-1)
+    nats = 0.5 * np.log(2 * np.pi * np.e * std**2).sum(-1)
+    for row in range(6):
+        choices = [int((p[row].cumsum() <= u).sum()) for p, u in zip((one, other), uniform[row].tolist(), strict=True)]
+        assert action[row, 2:5].argmax() == choices[0] and action[row, 5:].argmax() == choices[1]
+        log_prob[row] += np.log(one[row, choices[0]] * other[row, choices[1]])
+        nats[row] -= (one[row] * np.log(one[row])).sum() + (other[row] * np.log(other[row])).sum()
+    np.testing.assert_allclose(policy.log_prob(action).numpy(), log_prob, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(policy.entropy().numpy(), nats, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(policy.mode()[:, :2].numpy(), mean, rtol=1e-5, atol=1e-6)
+    assert (policy.mode()[:, 2:5].argmax(-1).numpy() == one.argmax(-1)).all()

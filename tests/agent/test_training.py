@@ -72,6 +72,28 @@ def test_a_finished_run_goes_on_with_more_steps(tmp_path: Path) -> None:
     assert saved["rows"] * 2 == 800
 
 
+@pytest.mark.skipif(os.environ.get("MUJOCO_GL") == "disabled", reason="no GL library (apt-get install libegl1)")
+def test_an_agent_that_sees_pictures_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(steps: int, logdir: Path) -> None:
+        settings = [*SMALL, "env.options.fast_rendering=true", "env.options.image_size=16", "replay.prefill=24"]
+        name = "dmc_cartpole_swingup_vision"
+        train(configuration.resolve(env=name, size="debug", device="cpu", steps=steps, settings=settings), logdir)
+
+    run(96, tmp_path / "whole")
+    told = capsys.readouterr().err
+    assert "GiB images and" in told and "environment rendering without shadows" in told
+    run(64, tmp_path / "parts")
+    run(96, tmp_path / "parts")
+    assert "cut " not in capsys.readouterr().err  # the same pictures came again
+    whole, parts = (
+        checkpoint.load(checkpoint.latest(tmp_path / name / "checkpoints"))["agent"]  # type: ignore[arg-type]
+        for name in ("whole", "parts")
+    )
+    assert whole["updates"] == parts["updates"] > 4
+    for key, weights in whole["world_model"].items():
+        assert torch.equal(weights, parts["world_model"][key]), key
+
+
 def test_lines_after_the_checkpoint_are_written_again_and_not_twice(tmp_path: Path) -> None:
     train(small_config(400), tmp_path)
     first = lines(tmp_path)

@@ -135,8 +135,6 @@ def test_images_tell_all_categories_apart():
 def test_what_cannot_be_painted_says_so():
     with pytest.raises(EnvError, match="cannot paint 'key'"):
         probe.make("continuous_recall_easy", options={"encoding": "image"})
-    with pytest.raises(EnvError, match="pixels are not supported yet"):
-        Streams("probe_repeat_lag_easy", 2, parallel=False, seed=0, options={"encoding": "image"})
 
 
 @pytest.mark.parametrize(
