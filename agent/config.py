@@ -26,7 +26,10 @@ SECTIONS: dict[str, type[Any]] = {
 }
 OPEN = "env.options"
 """The key under which any further key may stand: what is right there, the environment knows."""
-CHANGEABLE = ("steps", "device", "compile", "deterministic", "log", "checkpoint", "train.max_skipped")
+CHANGEABLE = (
+    "steps", "device", "compile", "deterministic", "log", "checkpoint", "train.max_skipped", "env.timeout",
+    "env.restarts",
+)  # fmt: skip
 """The keys and sections that may differ when a run is resumed."""
 
 Values = dict[str, Any]

@@ -19,7 +19,7 @@ from agent import checkpoint
 from agent import logdir as logdirs
 from agent.agent import Agent, Carry
 from agent.errors import UserError
-from agent.incidents import Incidents
+from agent.incidents import Incidents, tell_broken
 from agent.introduction import Foretelling, introduce, planned_updates
 from agent.logging import LiveLine, MetricsLogger, memory
 from agent.random_state import random_state, set_random_state
@@ -106,6 +106,7 @@ class Run:
         self.streams = Streams(
             env.name, env.amount, parallel=env.parallel, seed=seed,
             action_repeat=env.action_repeat, time_limit=env.time_limit, options=env.options,
+            timeout=env.timeout, restarts=env.restarts,
         )  # fmt: skip
         try:
             self.agent = Agent(self.streams.observation_space, self.streams.action_space, self.config, self.device)
@@ -122,11 +123,13 @@ class Run:
             self.line = LiveLine(self.config.steps, self.frames, self.device.type)
             self._introduce(found)
             row = self._first_row(found)
+            self._discard_broken()
             del found, saved
             with SignalsHeld(self):
                 try:
                     self._loop(row)
                 except EnvironmentFailure:
+                    self._discard_broken()
                     self.save()  # what was learned so far is worth keeping
                     raise
         finally:
@@ -188,6 +191,7 @@ class Run:
             row = self.streams.receive()
             self.rows += 1
 
+            self._discard_broken()
             self._report_episodes()
             self.line.update(self.frames, agent.updates)
             if told := foretell(agent.updates, planned_updates(config)):
@@ -225,6 +229,15 @@ class Run:
             }
             self.logger.write(self.frames, numbers)
             self.line.update(self.frames, self.agent.updates, episode.episode_return)
+
+    def _discard_broken(self) -> None:
+        """Tell of environments that broke in the newest row, and take what they gave of their episodes from replay."""
+        assert self.streams is not None
+        for broken in self.streams.broken:
+            self.replay.discard(broken.index, broken.rows)
+            self.line.note(f"broken      {tell_broken(broken, self.frames, self.logdir)}")
+        if self.streams.broken:
+            self.logger.write(self.frames, {"env/restarts": self.streams.restarts})
 
     def _finish(self) -> None:
         if self.saved_frames != self.frames:

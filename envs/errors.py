@@ -9,18 +9,20 @@ class EnvError(Exception):
 
 
 class EnvironmentFailure(EnvError):
-    """An environment raised, or its process died. The message is a summary line, then the traceback if any.
+    """An environment raised, hung, gave a wrong value, or its process died. The message is one line.
 
-    `index` is the environment's place among its streams, `name` the name it was made by.
+    `index` is the environment's place among its streams, `name` the name it was made by, `details` the traceback where
+    there is one.
     """
 
-    def __init__(self, message: "str | EnvironmentFailure", index: int = 0, name: str = "") -> None:
-        """Build from a message, or from another failure: gymnasium re-raises a worker's as `type(e)(e)`."""
-        if isinstance(message, EnvironmentFailure):
-            index, name = message.index, message.name
-        super().__init__(str(message))
-        self.index: int = index
-        self.name: str = name
+    def __init__(self, message: str, index: int = 0, name: str = "", details: str = "") -> None:
+        """Build from a message of one line."""
+        super().__init__(message)
+        self.index, self.name, self.details = index, name, details
+
+
+class WrongValue(Exception):
+    """An environment returned something that its spaces do not say; the message names it, says what and what to do."""
 
 
 def nearest(name: str, known: Iterable[str], prefix: str) -> str:
