@@ -116,9 +116,12 @@ def load(path: Path) -> Config:
     """
     values = read_yaml(path)
     name = values.get("core.name")
-    check_choice("core.name", name, list(_cores()))
+    check_choice(f"{path}: core.name", name, list(_cores()))
     check_keys(values, _known_keys(str(name)), str(path))
-    return _validate(values)
+    try:
+        return _validate(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def dump(config: Config) -> str:
@@ -154,14 +157,14 @@ def parse_value(text: str, name: str) -> Any:
         raise UserError(f"{name}: {_shown(text)} is not valid YAML ({_problem(error)})") from None
 
 
-def parse_settings(settings: Sequence[str]) -> Values:
-    """The values of "key=value" texts, by dotted key."""
+def parse_settings(settings: Sequence[str], flag: str = "--set") -> Values:
+    """The values of "key=value" texts, by dotted key; `flag` is what an error calls them."""
     values: Values = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"--set {_line(setting)}: write it as key=value, for example rssm.unimix=0.01")
-        values |= _flatten({key.strip(): parse_value(text, f"--set {_line(key)}")})
+            raise UserError(f"{flag} {_line(setting)}: write it as key=value, for example rssm.unimix=0.01")
+        values |= _flatten({key.strip(): parse_value(text, f"{flag} {_line(key)}")})
     return values
 
 
@@ -336,4 +339,7 @@ def _line(text: str) -> str:
 
 def _shown(value: Any) -> str:
     """A value as the user may have written it, on one line."""
-    return json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        return json.dumps(value, default=str, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError):  # one that holds itself, or keys that JSON has not
+        return _line(repr(value))

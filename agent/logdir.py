@@ -19,6 +19,9 @@ TEMPORARY = "config.yaml.tmp"
 def check(config: Config, logdir: Path) -> None:
     """UserError if `logdir` holds something else than a run of this configuration. Changes nothing on disk."""
     file = logdir / "config.yaml"
+    there = next(path for path in (logdir, *logdir.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"{logdir} cannot be a folder, as {there} is a file; give another one, with --logdir or --out")
     if file.exists():
         for key, held, asked in configuration.differences(configuration.load(file), config):
             if not configuration.may_change_on_resume(key):

@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ from agent.agent import Agent, Carry
 from agent.errors import UserError
 from agent.incidents import Incidents, tell_broken
 from agent.introduction import Foretelling, introduce, planned_updates
-from agent.logging import LiveLine, MetricsLogger, memory
+from agent.logging import LiveLine, MetricsLogger, memory, tensorboard_writer
 from agent.random_state import random_state, set_random_state
 from agent.ratio import Ratio
 from agent.replay import Replay, choose_device, storage_bytes
@@ -54,8 +54,13 @@ def make_deterministic(config: Config, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def train(config: Config, logdir: Path) -> None:
+def train(config: Config, logdir: Path, news: Sequence[str] = ()) -> None:
     """Train until `config.steps` environment frames, or go on with the run that `logdir` holds.
+
+    Args:
+        config: of the run.
+        logdir: its folder.
+        news: lines to tell at its start.
 
     Raises:
         UserError: `logdir` holds a run of another configuration, or something of `config` cannot be done here; the
@@ -64,7 +69,10 @@ def train(config: Config, logdir: Path) -> None:
     started = time.monotonic()
     device = choose_training_device(config)
     logdirs.check(config, logdir)
+    if config.log.tensorboard:
+        tensorboard_writer()  # if it is missing, nothing is written
     run = Run(config, logdir, device, started)
+    run.news = news
     # No name here for what was found: its tensors are mapped from files, which must not outlive their use.
     run.go(logdirs.find_checkpoint(config, logdir, lambda line: print(line, file=sys.stderr)))
 
@@ -81,6 +89,7 @@ class Run:
         self.rows = 0  # rows collected from each environment
         self.episodes = 0
         self.stop_signal: int | None = None
+        self.news: Sequence[str] = ()  # lines to tell at the start
         self.streams: Streams | None = None
         self.returns: list[float] = []  # of the episodes since the last checkpoint
         self.best = -math.inf  # highest mean of those at a checkpoint
@@ -302,7 +311,7 @@ class Run:
     # ---- telling ----------------------------------------------------------------------------------------------
 
     def _introduce(self, found: tuple[Path, dict[str, Any]] | None) -> None:
-        lines = introduce(self.config, self.logdir, self.agent, self.replay)
+        lines = [*self.news, *introduce(self.config, self.logdir, self.agent, self.replay)]
         if found:
             path, saved = found
             lines.append(f"resumed     {path.name}: {self.frames:,} frames, {self.agent.updates:,} updates")

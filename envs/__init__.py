@@ -7,7 +7,7 @@ import gymnasium
 from gymnasium.wrappers import TimeLimit
 
 from envs import dmc, gym, memory_maze, minigrid, popgym, probe
-from envs.errors import EnvError, EnvironmentFailure
+from envs.errors import EnvError, EnvironmentFailure, failing
 from envs.wrappers import ActionRepeat, DictObservation, UnitAction
 
 __all__ = ["EnvError", "EnvironmentFailure", "make"]
@@ -41,6 +41,7 @@ def make(
 
     Raises:
         EnvError: unknown name, missing package, unsupported space, a number out of range, or an option refused.
+        EnvironmentFailure: its constructor raised.
     """
     for key, value in (("action_repeat", action_repeat), ("time_limit", time_limit)):
         if value is not None and value < 1:
@@ -51,7 +52,8 @@ def make(
             f"unknown environment {name!r}: names are dmc_<domain>_<task>, gym_<Id>, probe_<task>_<level>,"
             " popgym_<Name>, minigrid_<Name> or memorymaze_<size>, as in dmc_walker_walk or gym_CartPole-v1"
         )
-    env = ADAPTERS[suite].make(task, own_time_limit=time_limit is None, render=render, options=options or {})
+    with failing(f"environment {name!r}", "when it was made", name=name):
+        env = ADAPTERS[suite].make(task, own_time_limit=time_limit is None, render=render, options=options or {})
     try:
         env = UnitAction(DictObservation(env))
     except EnvError as error:

@@ -1,7 +1,9 @@
 """The exceptions of this package: a user's mistake, and an environment that breaks while it runs."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 
 
 class EnvError(Exception):
@@ -19,6 +21,21 @@ class EnvironmentFailure(EnvError):
         """Build from a message of one line."""
         super().__init__(message)
         self.index, self.name, self.details = index, name, details
+
+
+@contextlib.contextmanager
+def failing(who: str, during: str, index: int = 0, name: str = "") -> Iterator[None]:
+    """Raise what an environment raises as EnvironmentFailure, with kind and place; a user's mistake as it is."""
+    try:
+        yield
+    except EnvError:
+        raise
+    except WrongValue as error:
+        raise EnvironmentFailure(f"{who} gave {error}", index, name) from None
+    except (Exception, SystemExit) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"raised {type(error).__name__} {during}: {one_line(error)} ({place.filename}:{place.lineno})"
+        raise EnvironmentFailure(f"{who} {what}", index, name, traceback.format_exc()) from None
 
 
 class WrongValue(Exception):

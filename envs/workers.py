@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -16,7 +15,7 @@ import gymnasium
 import numpy as np
 
 from envs.episodes import Episodes, Past
-from envs.errors import EnvError, EnvironmentFailure, WrongValue, one_line
+from envs.errors import EnvError, EnvironmentFailure, WrongValue, failing
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +33,10 @@ class Host:
     def __init__(self, make: Make, name: str, index: int) -> None:
         """Make environment `index`, known as `name`; what a user can mend raises EnvError as it is."""
         self._name, self._index = name, index
-        with self._reporting("make"):
+        try:
             self._env = Episodes(make())
+        except EnvironmentFailure as failure:
+            raise EnvironmentFailure(f"environment {index}: {failure}", index, name, failure.details) from None
 
     def spaces(self) -> tuple[gymnasium.Space, gymnasium.Space]:
         """The observation and the action space."""
@@ -65,19 +66,8 @@ class Host:
         """Free what the environment holds."""
         self._env.close()
 
-    @contextlib.contextmanager
-    def _reporting(self, action: str) -> Iterator[None]:
-        who = f"environment {self._index} ({self._name})"
-        try:
-            yield
-        except EnvError:
-            raise
-        except WrongValue as error:
-            raise EnvironmentFailure(f"{who} gave {error}", self._index, self._name) from None
-        except (Exception, SystemExit) as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            cause = f"raised {type(error).__name__} in {action}: {one_line(error)} ({place.filename}:{place.lineno})"
-            raise EnvironmentFailure(f"{who} {cause}", self._index, self._name, traceback.format_exc()) from None
+    def _reporting(self, action: str) -> contextlib.AbstractContextManager[None]:
+        return failing(f"environment {self._index} ({self._name})", f"in {action}", self._index, self._name)
 
 
 class Inside:

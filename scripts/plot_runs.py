@@ -3,10 +3,11 @@
 import csv
 import json
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 
 from agent.command_line import Parser, run_main
-from agent.errors import UserError
+from agent.errors import UserError, writing
 
 Curve = list[tuple[int, list[float]]]
 """For each bin its right edge, in environment frames, and the returns of the episodes that ended in it."""
@@ -23,9 +24,9 @@ def read_curve(logdir: Path, width: int) -> Curve:
         for line in (logdir / "metrics.jsonl").read_text().splitlines():
             entry = json.loads(line)
             if "episode/return" in entry:
-                edge = -(-entry["step"] // width) * width
+                edge = -(-int(entry["step"]) // width) * width
                 bins.setdefault(edge, []).append(float(entry["episode/return"]))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{logdir}: no readable metrics.jsonl ({error}); give the folder of a run") from None
     return sorted(bins.items())
 
@@ -46,7 +47,7 @@ def read_published(file: Path, task: str) -> tuple[list[int], list[float], list[
 
 def write_csv(file: Path, curves: dict[str, Curve]) -> None:
     """One line for each run and bin."""
-    with file.open("w", newline="") as stream:
+    with writing(file), file.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["run", "frames", "mean", "min", "max", "episodes"])
         for name, curve in curves.items():
@@ -57,10 +58,8 @@ def write_csv(file: Path, curves: dict[str, Curve]) -> None:
 
 def draw(file: Path, curves: dict[str, Curve], published: tuple | None, title: str) -> None:
     """The curves as a figure."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--figure needs matplotlib: pip install matplotlib") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -76,7 +75,19 @@ def draw(file: Path, curves: dict[str, Curve], published: tuple | None, title: s
     axes.set(xlabel="environment frames", ylabel="return of training episodes", title=title)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     axes.legend(fontsize=8)
-    figure.savefig(file, dpi=120)
+    with writing(file):
+        figure.savefig(file, dpi=120)
+
+
+def check_files(csv_file: Path | None, figure: Path | None) -> None:
+    """UserError if what is asked for cannot be written, as far as this can be known beforehand."""
+    for flag, file in (("--csv", csv_file), ("--figure", figure)):
+        if file and (file.is_dir() or not file.parent.is_dir()):
+            raise UserError(f"{flag} {file}: give a file in a folder that exists")
+    if figure and figure.suffix not in (".png", ".svg"):
+        raise UserError(f"--figure {figure}: give a file that ends in .png or .svg")
+    if figure and not find_spec("matplotlib"):
+        raise UserError("--figure needs matplotlib: pip install matplotlib")
 
 
 def main() -> None:
@@ -92,12 +103,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.bins < 1:
         raise UserError(f"--bins {arguments.bins}: give 1 or more")
+    names = [logdir.name for logdir in arguments.logdir]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{repeated} is the name of two folders; give runs whose folders have different names")
+    check_files(arguments.csv, arguments.figure)
     curves = {logdir.name: read_curve(logdir, arguments.bins) for logdir in arguments.logdir}
-    for name, curve in curves.items():
-        if not curve:
-            raise UserError(f"{name}: no episode has ended yet; let it train longer")
-        print(f"{name}: " + " ".join(f"{edge}:{statistics.mean(returns):.1f}" for edge, returns in curve))
+    if empty := next((name for name, curve in curves.items() if not curve), None):
+        raise UserError(f"{empty}: no episode has ended yet; let it train longer")
     published = read_published(arguments.published, arguments.task) if arguments.published else None
+    for name, curve in curves.items():
+        print(f"{name}: " + " ".join(f"{edge}:{statistics.mean(returns):.1f}" for edge, returns in curve))
     if arguments.csv:
         write_csv(arguments.csv, curves)
     if arguments.figure:

@@ -14,11 +14,12 @@ def main() -> None:
         ],
     )
     arguments = parser.parse_args()
-    config = config_from_arguments(arguments)
+    news: list[str] = []  # told when nothing can be wrong any more
+    config = config_from_arguments(arguments, news.append)
     from agent.logdir import new_logdir
     from agent.training import train
 
-    train(config, arguments.logdir or new_logdir(config))
+    train(config, arguments.logdir or new_logdir(config), news)
 
 
 if __name__ == "__main__":

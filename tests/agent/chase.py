@@ -69,6 +69,19 @@ class Faulty(Chase):
         return result
 
 
+class Tuple(Chase):
+    """Acts in a way that no agent here can."""
+
+    action_space = gymnasium.spaces.Tuple([gymnasium.spaces.Discrete(3)])  # type: ignore[assignment]
+
+
+class Unmakeable(Chase):
+    """Has a mistake in its constructor."""
+
+    def __init__(self) -> None:
+        self.width = 1 / 0
+
+
 class Restless(Chase):
     """Depends on more than its seed and actions."""
 
@@ -82,3 +95,5 @@ gymnasium.register("Restless-v0", entry_point=Restless)
 gymnasium.register("Chase-v0", entry_point=Chase)
 gymnasium.register("Fragile-v0", entry_point=Fragile)
 gymnasium.register("Faulty-v0", entry_point=Faulty)
+gymnasium.register("Tuple-v0", entry_point=Tuple)
+gymnasium.register("Unmakeable-v0", entry_point=Unmakeable)

@@ -133,7 +133,9 @@ def test_what_does_not_start_again_counts_too(monkeypatch):
     streams = Streams(name_of("raise"), 3, parallel=False, seed=SEED, restarts=2)
     row = streams.reset()
     monkeypatch.setattr(Faulty, "__init__", lambda self, **arguments: 1 / 0)
-    with pytest.raises(EnvironmentFailure, match="raised ZeroDivisionError in make: .*; 2 restarts"):
+    with pytest.raises(
+        EnvironmentFailure, match="environment 1: .* raised ZeroDivisionError when it was made: .*; 2 restarts"
+    ):
         play(streams, row, 3)
     assert [broken.rows for broken in streams.broken] == [2, 0, 0]
 
