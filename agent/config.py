@@ -334,12 +334,14 @@ def _flatten(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    """A text on one line of a terminal, with escapes for what does not print."""
+    line = " ".join(text.split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def _shown(value: Any) -> str:
     """A value as the user may have written it, on one line."""
     try:
-        return json.dumps(value, default=str, ensure_ascii=False)
+        return _line(json.dumps(value, default=str, ensure_ascii=False))
     except (ValueError, TypeError, RecursionError):  # one that holds itself, or keys that JSON has not
         return _line(repr(value))
