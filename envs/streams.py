@@ -102,6 +102,9 @@ class Streams:
         self._returns = np.zeros(amount)
         self._lengths = np.zeros(amount, int)
         if parallel:
+            # Here first: mistakes come before any process starts, and what holds for all of a process, such as which GL
+            # library it uses, is chosen before the server of processes imports anything.
+            make().close()
             preload(name)
         kind: type[Inside | Outside] = Outside if parallel else Inside
         self._workers = [kind(make, name, index) for index in range(amount)]

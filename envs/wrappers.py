@@ -58,7 +58,7 @@ class DictObservation(gymnasium.ObservationWrapper):
         elif problem is None:
             problem = entry_problem(value, source)
         if problem is not None:
-            raise WrongValue(f"observation {key!r} {problem}")
+            raise WrongValue(f"observation {key!r} that {problem}")
         match source:
             case spaces.Discrete():
                 return int(value) - int(source.start)

@@ -68,7 +68,7 @@ def test_no_row_of_a_broken_episode_is_ever_sampled(
     assert (seen | ended)[:, : end - replay.window].float().mean() > 0.7  # what lies between is served
 
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("broken ")]
-    assert any("observation 'observation' holds NaN" in line and "the 9 steps" in line for line in told)
+    assert any("observation 'observation' that holds NaN" in line and "the 9 steps" in line for line in told)
     assert any("raised RuntimeError in reset: the track is blocked" in line and "the 0 steps" in line for line in told)
     text = (tmp_path / TRACEBACKS).read_text()
     assert "Traceback" in text and "the track is blocked" in text

@@ -203,7 +203,7 @@ def test_after_a_failure_new_episodes_begin():
 
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize(
-    ("name", "what"), [("TinyNan", "observation 'observation' holds NaN"), ("TinyInfinite", "the reward inf")]
+    ("name", "what"), [("TinyNan", "observation 'observation' that holds NaN"), ("TinyInfinite", "the reward inf")]
 )
 def test_a_number_that_is_not_finite_is_named_with_its_environment(name, what, parallel):
     streams = Streams(f"{TINY}{name}-v0", 2, parallel=parallel, seed=0)
