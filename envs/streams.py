@@ -297,7 +297,7 @@ def exhausted(failure: EnvironmentFailure, allowed: int) -> EnvironmentFailure:
     """The failure that ends it all, told as such."""
     text = str(failure)
     if allowed:
-        text += f"; {allowed} restarts of environments are used up: mend it, or allow more with env.restarts"
+        text += f"; env.restarts={allowed} is used up: mend it, or allow more"
     return EnvironmentFailure(text, failure.index, failure.name, failure.details)
 
 

@@ -115,9 +115,7 @@ def test_when_restarts_are_used_up_the_failure_is_raised(parallel):
     processes = [getattr(worker, "process", None) for worker in streams._workers]
     try:
         streams.reset()
-        used_up = (
-            "raised ValueError.*; 3 restarts of environments are used up: mend it, or allow more with env.restarts"
-        )
+        used_up = "raised ValueError.*; env.restarts=3 is used up: mend it, or allow more"
         with pytest.raises(EnvironmentFailure, match=used_up):
             for _ in range(5):
                 streams.send(np.zeros(2, np.int64))
@@ -134,7 +132,8 @@ def test_what_does_not_start_again_counts_too(monkeypatch):
     row = streams.reset()
     monkeypatch.setattr(Faulty, "__init__", lambda self, **arguments: 1 / 0)
     with pytest.raises(
-        EnvironmentFailure, match="environment 1: .* raised ZeroDivisionError when it was made: .*; 2 restarts"
+        EnvironmentFailure,
+        match="environment 1: .* raised ZeroDivisionError when it was made: .*; env.restarts=2 is used up",
     ):
         play(streams, row, 3)
     assert [broken.rows for broken in streams.broken] == [2, 0, 0]
