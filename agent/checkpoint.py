@@ -164,9 +164,11 @@ def peek(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged or no checkpoint") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this project")
-    if content["version"] != VERSION:
-        raise UserError(f"{path}: checkpoint version {content['version']}, this code reads {VERSION}")
-    state: dict[str, Any] = content["state"]
+    version, state = content.get("version"), content.get("state")
+    if not isinstance(version, int) or version != VERSION:
+        raise UserError(f"{path}: checkpoint version {version}, this code reads {VERSION}")
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: damaged or no checkpoint")
     return state
 
 

@@ -1,6 +1,7 @@
 """What all scripts share: their flags, and how a user's mistake ends them."""
 
 import argparse
+import difflib
 import functools
 import re
 import sys
@@ -44,7 +45,17 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, which has the nearest flag for one that is unknown."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As that of argparse; a mistake ends the program with exit status 2."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            nearest = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+            hint = f"; the nearest flag is {nearest[0]}" if nearest else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
 
     def error(self, message: str) -> NoReturn:
         """End the program with exit status 2."""
@@ -74,8 +85,13 @@ def make_parser(description: str, examples: Sequence[str], flags: Sequence[str] 
     return parser
 
 
-def config_from_arguments(arguments: argparse.Namespace) -> Config:
-    """The configuration that the shared flags ask for; a size chosen by `auto` is told on stderr.
+def tell(line: str) -> None:
+    """Print a line on stderr."""
+    print(line, file=sys.stderr)
+
+
+def config_from_arguments(arguments: argparse.Namespace, notify: Callable[[str], None] = tell) -> Config:
+    """The configuration that the shared flags ask for; `notify` is told of a size chosen by `auto`.
 
     Raises:
         UserError: something is missing, unknown or not allowed.
@@ -92,7 +108,7 @@ def config_from_arguments(arguments: argparse.Namespace) -> Config:
         device=given["device"],
         settings=given["set"] or (),
         file=given["config"],
-        notify=lambda line: print(line, file=sys.stderr),
+        notify=notify,
         **numbers,
     )
 

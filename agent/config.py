@@ -30,7 +30,10 @@ SECTIONS: dict[str, type[Any]] = {
 }
 OPEN = "env.options"
 """The key under which any further key may stand: what is right there, the environment knows."""
-CHANGEABLE = ("steps", "device", "compile", "deterministic", "log", "checkpoint", "train.max_skipped")
+CHANGEABLE = (
+    "steps", "device", "compile", "deterministic", "log", "checkpoint", "train.max_skipped", "env.timeout",
+    "env.restarts",
+)  # fmt: skip
 """The keys and sections that may differ when a run is resumed."""
 
 Values = dict[str, Any]
@@ -117,9 +120,12 @@ def load(path: Path) -> Config:
     """
     values = read_yaml(path)
     name = values.get("core.name")
-    check_choice("core.name", name, _core_names())
+    check_choice(f"{path}: core.name", name, _core_names())
     check_keys(values, _known_keys(str(name)), str(path))
-    return _validate(values)
+    try:
+        return _validate(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def dump(config: Config) -> str:
@@ -155,14 +161,14 @@ def parse_value(text: str, name: str) -> Any:
         raise UserError(f"{name}: {_shown(text)} is not valid YAML ({_problem(error)})") from None
 
 
-def parse_settings(settings: Sequence[str]) -> Values:
-    """The values of "key=value" texts, by dotted key."""
+def parse_settings(settings: Sequence[str], flag: str = "--set") -> Values:
+    """The values of "key=value" texts, by dotted key; `flag` is what an error calls them."""
     values: Values = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"--set {_line(setting)}: write it as key=value, for example rssm.unimix=0.01")
-        values |= _flatten({key.strip(): parse_value(text, f"--set {_line(key)}")})
+            raise UserError(f"{flag} {_line(setting)}: write it as key=value, for example rssm.unimix=0.01")
+        values |= _flatten({key.strip(): parse_value(text, f"{flag} {_line(key)}")})
     return values
 
 
@@ -362,9 +368,14 @@ def _flatten(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    """A text on one line of a terminal, with escapes for what does not print."""
+    line = " ".join(text.split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
 def _shown(value: Any) -> str:
     """A value as the user may have written it, on one line."""
-    return json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        return _line(json.dumps(value, default=str, ensure_ascii=False))
+    except (ValueError, TypeError, RecursionError):  # one that holds itself, or keys that JSON has not
+        return _line(repr(value))

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from agent.agent import Agent
 from agent.environment import make_env
 from agent.errors import UserError
 from agent.training import choose_training_device, tensors
+from envs.errors import failing
 from envs.streams import Finished, Streams
 
 
@@ -38,6 +40,8 @@ def load(
         raise UserError(f"{logdir} holds no run (no config.yaml); give the --logdir of a training run")
     directory = logdir / "checkpoints"
     path = checkpoint.best_of(directory) if best else checkpoint.latest(directory)
+    if path is None and best and checkpoint.latest(directory):
+        raise UserError(f"{logdir} holds no best checkpoint, as no episode had ended before one; leave out --best")
     if path is None:
         raise UserError(f"{logdir} holds no checkpoint yet; let its training run a while, or stop it with Ctrl-C")
     if device not in ("auto", "cpu", "cuda"):
@@ -105,6 +109,16 @@ def evaluate(
     }
 
 
+def check_video(file: Path) -> None:
+    """UserError if a video cannot be written to `file`, as far as this can be known beforehand."""
+    if file.suffix not in (".gif", ".mp4"):
+        raise UserError(f"--video {file}: give a file that ends in .gif or .mp4")
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"--video {file}: give a file in a folder that exists")
+    if not find_spec("imageio"):
+        raise UserError("--video needs imageio: pip install 'imageio[ffmpeg]'")
+
+
 def record(agent: Agent, file: Path, seed: int = 0) -> float:
     """Play one episode with the most likely actions and write it as a video; gives its return.
 
@@ -113,22 +127,22 @@ def record(agent: Agent, file: Path, seed: int = 0) -> float:
     Raises:
         UserError: the environment does not render, or this kind of file cannot be written.
     """
-    try:
-        import imageio.v3 as imageio
-    except ImportError:
-        raise UserError("--video needs imageio: pip install 'imageio[ffmpeg]'") from None
+    check_video(file)
+    import imageio.v3 as imageio
+
     env = make_env(agent.config, render=True)
     torch.manual_seed(seed)
     carry, total, over, first = agent.initial(1), 0.0, False, True
-    observation, _ = env.reset(seed=seed)
-    frames = [np.asarray(env.render())]
-    while not over:
-        values = tensors({key: np.asarray(value)[None] for key, value in observation.items()})
-        action, carry = agent.act(values, torch.tensor([first]), carry, mode=True)
-        observation, reward, terminated, truncated, _ = env.step(action[0].cpu().numpy())
-        total, over, first = total + float(reward), terminated or truncated, False
-        frames.append(np.asarray(env.render()))
-    env.close()
+    with failing(f"environment {agent.config.env.name!r}", "when it was recorded", name=agent.config.env.name):
+        observation, _ = env.reset(seed=seed)
+        frames = [np.asarray(env.render())]
+        while not over:
+            values = tensors({key: np.asarray(value)[None] for key, value in observation.items()})
+            action, carry = agent.act(values, torch.tensor([first]), carry, mode=True)
+            observation, reward, terminated, truncated, _ = env.step(action[0].cpu().numpy())
+            total, over, first = total + float(reward), terminated or truncated, False
+            frames.append(np.asarray(env.render()))
+        env.close()
     try:
         imageio.imwrite(file, np.stack(frames), fps=30)
     except (OSError, ImportError, ValueError) as error:

@@ -1,16 +1,21 @@
-"""What becomes of numbers that are not finite: told, kept on disk, and the end of the run if they do not cease."""
+"""What goes wrong while a run goes on: numbers that are not finite, environments that break; told, and kept on disk."""
 
 from pathlib import Path
 
 from agent import checkpoint
 from agent.agent import Agent, Carry
-from agent.errors import UserError
+from agent.errors import UserError, writing
 from agent.finite import first_not_finite
+from envs.streams import Broken
 
 KEPT = 3
 """Batches that stay on disk."""
 NAMED = 5
 """Tensors that a message names at most."""
+TRACEBACKS = "broken_environments.txt"
+"""The file in a run's folder that holds the tracebacks of environments that broke."""
+LARGEST = 2**20
+"""Bytes from which on that file no longer grows."""
 
 
 class Incidents:
@@ -55,3 +60,12 @@ class Incidents:
                 " optimizer.lr may learn on in another --logdir"
             )
         return text
+
+
+def tell_broken(broken: Broken, frames: int, logdir: Path) -> str:
+    """A line about an environment that broke; its traceback, if there is one, goes to a file in `logdir`."""
+    text, file = str(broken.failure), logdir / TRACEBACKS
+    if broken.failure.details and (not file.exists() or file.stat().st_size < LARGEST):
+        with writing(file), file.open("a") as stream:
+            stream.write(f"at {frames} frames: {text}\n{broken.failure.details[-10_000:]}\n")
+    return f"{text}; the {broken.rows} steps that its episode had are discarded"

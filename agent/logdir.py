@@ -9,7 +9,7 @@ from typing import Any
 from agent import checkpoint
 from agent import config as configuration
 from agent.errors import UserError
-from agent.replay_files import ReplayFiles
+from agent.replay_files import ReplayFiles, names
 from agent.schema import Config
 
 TEMPORARY = "config.yaml.tmp"
@@ -19,6 +19,9 @@ TEMPORARY = "config.yaml.tmp"
 def check(config: Config, logdir: Path) -> None:
     """UserError if `logdir` holds something else than a run of this configuration. Changes nothing on disk."""
     file = logdir / "config.yaml"
+    there = next(path for path in (logdir, *logdir.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"{logdir} cannot be a folder, as {there} is a file; give another one, with --logdir or --out")
     if file.exists():
         for key, held, asked in configuration.differences(configuration.load(file), config):
             if not configuration.may_change_on_resume(key):
@@ -37,6 +40,14 @@ def identity(config: Config) -> dict[str, Any]:
     }
 
 
+def is_of_a_run(state: dict[str, Any]) -> bool:
+    """Whether this looks like what a training run saves."""
+    try:
+        return isinstance(state["run"], dict) and all(isinstance(name, str) for name in names(state["replay"]))
+    except (KeyError, TypeError):
+        return False
+
+
 def find_checkpoint(config: Config, logdir: Path, notify: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of this run that is whole, with its replay, and its state; None if there are none at all.
 
@@ -51,6 +62,8 @@ def find_checkpoint(config: Config, logdir: Path, notify: Callable[[str], None])
     files = ReplayFiles(logdir / "checkpoints" / "replay")
 
     def check_state(state: dict[str, Any]) -> None:
+        if not is_of_a_run(state):
+            raise UserError(f"{logdir}: a checkpoint here is not of a training run; remove it")
         theirs, ours = state["run"], identity(config)
         for key in ours | theirs:
             if theirs.get(key) != ours.get(key):

@@ -36,7 +36,8 @@ class MetricsLogger:
     def __init__(self, logdir: Path, tensorboard: bool, start_step: int = 0) -> None:
         self._path = logdir / "metrics.jsonl"
         with writing(self._path):
-            self._events: Any = _event_writer(logdir, start_step) if tensorboard else None
+            # Metrics of `start_step` itself were written before the checkpoint: only what follows is dropped.
+            self._events: Any = tensorboard_writer()(str(logdir), purge_step=start_step + 1) if tensorboard else None
             logdir.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab", buffering=0)
 
@@ -70,15 +71,15 @@ class MetricsLogger:
             self._events.close()
 
 
-def _event_writer(logdir: Path, start_step: int) -> Any:
+def tensorboard_writer() -> Any:
+    """The class that writes TensorBoard events; UserError if it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
             "tensorboard is not installed: pip install tensorboard, or --set log.tensorboard=false"
         ) from None
-    # Metrics of `start_step` itself were written before the checkpoint: only what follows is dropped.
-    return SummaryWriter(str(logdir), purge_step=start_step + 1)
+    return SummaryWriter
 
 
 class LiveLine:

@@ -75,6 +75,9 @@ class Replay:
     fills the tensors in place, so a CUDA graph that reads them stays valid. An index from sample() holds
     until the next add(): afterwards its oldest rows may have been overwritten.
 
+    Rows of an episode whose environment broke can be discarded: they keep their places, and no window that holds one
+    of them is served.
+
     Source: data path of DreamerV3 (Hafner et al., 2025): context row, latent write-back, online queue.
     """
 
@@ -128,6 +131,7 @@ class Replay:
         self._queue: deque[tuple[int, int]] = deque()  # (stream, start), oldest start first
         # Windows side by side where they may start anywhere; else they share a row, the head between them.
         self._queue_spacing = window if stride == 1 else window - 1
+        self._discarded: list[tuple[int, _Span]] = []  # (stream, rows), oldest rows first within a stream
         self._random = np.random.Generator(np.random.PCG64(seed))
 
     def _allocate(self, slots: int, spec: Spec) -> Tensor:
@@ -180,12 +184,39 @@ class Replay:
         self._oldest = max(self._oldest, self._next - self.length)
         start = self._next - self.window
         if self._online_queue and start >= 0 and start % self._queue_spacing == 0:
-            self._queue.extend((stream, start) for stream in range(self.streams))
+            self._queue.extend((stream, start) for stream in range(self.streams) if self._is_sound(stream, start))
         while self._queue and self._queue[0][1] < self._oldest:
             self._queue.popleft()
+        if self._discarded:
+            self._discarded = [(which, span) for which, span in self._discarded if span.end > self._oldest]
+
+    def discard(self, stream: int, rows: int) -> None:
+        """Never serves the newest `rows` rows of a stream, again or for the first time."""
+        span = _Span(max(self._next - rows, self._oldest), self._next)
+        if span.amount == 0:
+            return
+        self._discarded.append((stream, span))
+        self._queue = deque(window for window in self._queue if self._is_sound(*window))
+
+    def _is_sound(self, stream: int, start: int) -> bool:
+        """Whether no row of the window was discarded."""
+        return not any(
+            which == stream and span.first - self.window < start < span.end for which, span in self._discarded
+        )
+
+    def _sound_runs(self) -> np.ndarray:
+        """Where sound windows start: int64 (3, R), of each run its stream, its first head and how many they are."""
+        first, last = self._window_range()
+        begins, runs = [first] * self.streams, []
+        for stream, span in self._discarded:
+            runs.append((stream, begins[stream], (span.first - self.window) // self.stride))
+            begins[stream] = max(first, -(-span.end // self.stride))
+        runs += [(stream, begin, last) for stream, begin in enumerate(begins)]
+        found = [(stream, begin, end - begin + 1) for stream, begin, end in runs if begin <= end]
+        return np.array(found, np.int64).reshape(-1, 3).T
 
     def ready(self, prefill: int) -> bool:
-        """Whether `prefill` rows and at least one window are held, so that sample() may be called.
+        """Whether `prefill` rows and at least one sound window are held, so that sample() may be called.
 
         Raises UserError if so many rows never fit.
         """
@@ -194,8 +225,7 @@ class Replay:
                 f"replay.prefill: {prefill} rows, but replay keeps {self.streams * self.length};"
                 " lower it or raise replay.capacity"
             )
-        first, last = self._window_range()
-        return len(self) >= prefill and first <= last
+        return len(self) >= prefill and self._sound_runs().size > 0
 
     def _window_range(self) -> tuple[int, int]:
         """First and last start of a whole window, in strides."""
@@ -204,15 +234,23 @@ class Replay:
     def sample(self, batch: int) -> Tensor:
         """Chooses `batch` windows: int64 (2, B) on the host, row 0 the stream, row 1 the start.
 
-        Waiting windows of the online queue come first, then uniform draws over all windows held.
+        Waiting windows of the online queue come first, then uniform draws over all sound windows held.
         """
         queued = [self._queue.popleft() for _ in range(min(batch, len(self._queue)))]
         online = np.array(queued, dtype=np.int64).reshape(-1, 2).T
-        amount = batch - len(queued)
-        streams = self._random.integers(self.streams, size=amount)
-        first, last = self._window_range()
-        starts = self.stride * self._random.integers(first, last + 1, size=amount)
-        return torch.from_numpy(np.concatenate([online, np.stack([streams, starts])], axis=1))
+        return torch.from_numpy(np.concatenate([online, self._draw(batch - len(queued))], axis=1))
+
+    def _draw(self, amount: int) -> np.ndarray:
+        """Uniform draws over all sound windows, int64 (2, amount)."""
+        if not self._discarded:
+            streams = self._random.integers(self.streams, size=amount)
+            first, last = self._window_range()
+            return np.stack([streams, self.stride * self._random.integers(first, last + 1, size=amount)])
+        streams, heads, lengths = self._sound_runs()
+        ends = np.cumsum(lengths)
+        drawn = self._random.integers(ends[-1], size=amount)
+        run = np.searchsorted(ends, drawn, side="right")
+        return np.stack([streams[run], self.stride * (heads[run] + drawn - ends[run] + lengths[run])])
 
     def gather(self, index: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies windows out: index int64 (2, B) on the device -> rows (B, window, ...), latents (B, ...).
@@ -272,6 +310,7 @@ class Replay:
             "next": self._next,
             "begin": rows.first,
             "queue": list(self._queue),
+            "discarded": [(stream, span.first, span.end) for stream, span in self._discarded],
             "random": self._random.bit_generator.state,
         }
 
@@ -314,6 +353,8 @@ class Replay:
         last = self._next - self.window  # a longer window than the saved one may not be whole yet
         waiting = state["queue"] if self._online_queue else []
         self._queue = deque((stream, start) for stream, start in waiting if self._oldest <= start <= last)
+        spans = [(stream, _Span(*rows)) for stream, *rows in state.get("discarded", [])]  # older runs have none
+        self._discarded = [(stream, span) for stream, span in spans if span.end > self._oldest]
         self._random.bit_generator.state = state["random"]
 
     def _take_over(self, stored: Tensor, saved: Tensor, span: _Span) -> None:

@@ -81,13 +81,15 @@ def read_runs(logdirs: Sequence[Path], metric: str, notify: Callable[[str], None
     places = [logdir.resolve() for logdir in logdirs]
     if repeated := next((place for place in places if places.count(place) > 1), None):
         raise UserError(f"{repeated} is given twice, and would count as two runs; give every run once")
+    if none := next((logdir for logdir in logdirs if not (logdir / "config.yaml").is_file()), None):
+        raise UserError(f"{none} holds no config.yaml; give the folder of a run")
     runs = [Logged(logdir, read_yaml(logdir / "config.yaml"), *read_metric(logdir, metric)) for logdir in logdirs]
+    found = [run for run in runs if len(run.frames)]
+    if not found:
+        raise UserError(f"none of these runs has {metric} yet; let one train longer, or correct the name")
     for run in runs:
         if not len(run.frames):
             notify(f"{run.logdir}: no {metric} yet; left out")
-    found = [run for run in runs if len(run.frames)]
-    if not found:
-        raise UserError(f"none of these runs has {metric} yet; let one train longer")
     return found
 
 

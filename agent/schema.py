@@ -53,6 +53,8 @@ class Env:
     action_repeat: PositiveInt
     time_limit: PositiveInt | None
     options: dict[str, Any]
+    timeout: Positive | None
+    restarts: Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, config=STRICT)

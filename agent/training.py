@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,9 +19,9 @@ from agent import checkpoint
 from agent import logdir as logdirs
 from agent.agent import Agent, Carry
 from agent.errors import UserError
-from agent.incidents import Incidents
+from agent.incidents import Incidents, tell_broken
 from agent.introduction import Foretelling, introduce, planned_updates
-from agent.logging import LiveLine, MetricsLogger, memory
+from agent.logging import LiveLine, MetricsLogger, memory, tensorboard_writer
 from agent.random_state import random_state, set_random_state
 from agent.ratio import Ratio
 from agent.replay import Replay, choose_device, storage_bytes
@@ -54,7 +54,7 @@ def make_deterministic(config: Config, device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def train(config: Config, logdir: str | Path | None = None) -> Path:
+def train(config: Config, logdir: str | Path | None = None, news: Sequence[str] = ()) -> Path:
     """Train until `config.steps` environment frames, or go on with the run that `logdir` holds.
 
     Progress is told on stderr. SIGINT (a notebook's stop button) and SIGTERM save and then raise SystemExit. With
@@ -64,6 +64,7 @@ def train(config: Config, logdir: str | Path | None = None) -> Path:
     Args:
         config: as `agent.resolve` gives it.
         logdir: folder of the run; None is a new one in `runs/`, named after what is trained.
+        news: lines to tell at its start.
 
     Returns:
         The folder: `metrics.jsonl` for `agent.read_metric`, checkpoints for `agent.load`.
@@ -76,7 +77,10 @@ def train(config: Config, logdir: str | Path | None = None) -> Path:
     device = choose_training_device(config)
     logdir = logdirs.new_logdir(config) if logdir is None else Path(logdir)
     logdirs.check(config, logdir)
+    if config.log.tensorboard:
+        tensorboard_writer()  # if it is missing, nothing is written
     run = Run(config, logdir, device, started)
+    run.news = news
     # No name here for what was found: its tensors are mapped from files, which must not outlive their use.
     run.go(logdirs.find_checkpoint(config, logdir, lambda line: print(line, file=sys.stderr)))
     return logdir
@@ -94,6 +98,7 @@ class Run:
         self.rows = 0  # rows collected from each environment
         self.episodes = 0
         self.stop_signal: int | None = None
+        self.news: Sequence[str] = ()  # lines to tell at the start
         self.streams: Streams | None = None
         self.returns: list[float] = []  # of the episodes since the last checkpoint
         self.best = -math.inf  # highest mean of those at a checkpoint
@@ -119,6 +124,7 @@ class Run:
         self.streams = Streams(
             env.name, env.amount, parallel=env.parallel, seed=seed,
             action_repeat=env.action_repeat, time_limit=env.time_limit, options=env.options,
+            timeout=env.timeout, restarts=env.restarts,
         )  # fmt: skip
         try:
             self.agent = Agent(self.streams.observation_space, self.streams.action_space, self.config, self.device)
@@ -135,11 +141,13 @@ class Run:
             self.line = LiveLine(self.config.steps, self.frames, self.device.type)
             self._introduce(found)
             row = self._first_row(found)
+            self._discard_broken()
             del found, saved
             with SignalsHeld(self):
                 try:
                     self._loop(row)
                 except EnvironmentFailure:
+                    self._discard_broken()
                     self.save()  # what was learned so far is worth keeping
                     raise
         finally:
@@ -201,6 +209,7 @@ class Run:
             row = self.streams.receive()
             self.rows += 1
 
+            self._discard_broken()
             self._report_episodes()
             self.line.update(self.frames, agent.updates)
             if told := foretell(agent.updates, planned_updates(config)):
@@ -238,6 +247,15 @@ class Run:
             }
             self.logger.write(self.frames, numbers)
             self.line.update(self.frames, self.agent.updates, episode.episode_return)
+
+    def _discard_broken(self) -> None:
+        """Tell of environments that broke in the newest row, and take what they gave of their episodes from replay."""
+        assert self.streams is not None
+        for broken in self.streams.broken:
+            self.replay.discard(broken.index, broken.rows)
+            self.line.note(f"broken      {tell_broken(broken, self.frames, self.logdir)}")
+        if self.streams.broken:
+            self.logger.write(self.frames, {"env/restarts": self.streams.restarts})
 
     def _finish(self) -> None:
         if self.saved_frames != self.frames:
@@ -303,7 +321,7 @@ class Run:
 
     def _introduce(self, found: tuple[Path, dict[str, Any]] | None) -> None:
         assert self.streams is not None
-        lines = introduce(self.config, self.logdir, self.agent, self.replay, self.streams.note)
+        lines = [*self.news, *introduce(self.config, self.logdir, self.agent, self.replay, self.streams.note)]
         if found:
             path, saved = found
             lines.append(f"resumed     {path.name}: {self.frames:,} frames, {self.agent.updates:,} updates")

@@ -9,7 +9,7 @@ from gymnasium.wrappers import TimeLimit
 
 from envs import atari, bsuite, crafter, dmc, gym, memory_maze, minigrid, popgym, probe
 from envs.actions import UnitAction
-from envs.errors import EnvError, EnvironmentFailure
+from envs.errors import EnvError, EnvironmentFailure, failing
 from envs.images import DrawnImage, ResizedImages
 from envs.wrappers import ActionRepeat, DictObservation
 
@@ -64,6 +64,7 @@ def make(
 
     Raises:
         EnvError: unknown name, missing package, unsupported space, a number out of range, or an option refused.
+        EnvironmentFailure: its constructor raised.
     """
     own = dict(options or {})
     size = own.pop("image_size", None)
@@ -77,7 +78,8 @@ def make(
             f"unknown environment {name!r}: names are dmc_<domain>_<task>, gym_<Id>, probe_<task>_<level> or"
             f" <suite>_<name> with one of {', '.join(ADAPTERS)}, as in dmc_walker_walk or gym_CartPole-v1"
         )
-    env = make_task(task, own_time_limit=time_limit is None, render=render, options=own)
+    with failing(f"environment {name!r}", "when it was made", name=name):
+        env = make_task(task, own_time_limit=time_limit is None, render=render, options=own)
     try:
         env = UnitAction(DictObservation(env))
     except EnvError as error:

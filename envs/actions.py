@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from envs.errors import EnvError
+from envs.values import check_space
 
 
 class Hybrid(spaces.Box):
@@ -48,6 +49,7 @@ class UnitAction(gymnasium.ActionWrapper):
 
     Raises:
         EnvError: an unsupported action space.
+        WrongValue: from `step`, where the environment's action space is no longer the one that it had.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
@@ -58,6 +60,7 @@ class UnitAction(gymnasium.ActionWrapper):
 
     def action(self, action: Any) -> Any:
         """Convert one action of the agent to one of the environment."""
+        check_space("action_space", self.env.action_space, self._source)
         flat = np.asarray(action).reshape(-1)
         match self.action_space:
             case Hybrid(reals=amount):

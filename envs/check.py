@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import numbers
 from typing import Any
 
 import gymnasium
@@ -10,7 +9,8 @@ import numpy as np
 from gymnasium import spaces
 
 from envs.actions import unit_action_space
-from envs.errors import EnvError, one_line
+from envs.errors import EnvError, WrongValue, one_line
+from envs.values import entry_problem, is_finite_scalar
 from envs.wrappers import entries, observation_entry
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,12 @@ class _Rollout:
             ended = False
             for step in range(1, steps + 1):
                 call = f"step() number {step}"
-                if self.step(call):
+                try:
+                    over = self.step(call)
+                except WrongValue as error:  # of an environment that envs.make has built: it does not go on after one
+                    self.report(str(error)[:24], f"{call} gave {error}")
+                    over = True
+                if over:
                     ended = True
                     call = f"reset() after step {step}"
                     self.observe(self.reset(None), call)
@@ -153,39 +158,6 @@ class _Rollout:
 
 class _Stop(Exception):
     """Nothing further can be checked."""
-
-
-def entry_problem(value: Any, space: spaces.Space) -> str | None:
-    """Return what is wrong with one entry of an observation, or None."""
-    if not isinstance(space, spaces.Box):
-        fits = space.contains(value)
-        return None if fits else f"is {value!r}, outside of its space {space}; correct the value or the space"
-    if isinstance(value, np.generic):
-        value = np.asarray(value)
-    if not isinstance(value, np.ndarray):
-        kind = type(value).__name__
-        return f"is a {kind}; return a numpy array of dtype {space.dtype} and shape {space.shape}"
-    if value.shape != space.shape:
-        return f"has shape {value.shape}, its space says {space.shape}; make them equal"
-    if not np.can_cast(value.dtype, space.dtype):
-        return f"has dtype {value.dtype}, its space says {space.dtype}; add .astype(np.{space.dtype})"
-    if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
-        return "holds NaN or infinite values; find where they come from, the agent cannot learn from them"
-    outside = (value < space.low) | (value > space.high)
-    if outside.any():
-        place = tuple(int(i) for i in np.argwhere(outside)[0])
-        return (
-            f"is {value[place]} at {list(place)}, outside of [{space.low[place]}, {space.high[place]}]; "
-            "widen the space or clip the value"
-        )
-    return None
-
-
-def is_finite_scalar(reward: Any) -> bool:
-    """Tell whether `reward` is one real, finite number."""
-    if isinstance(reward, np.ndarray) and reward.shape == ():
-        reward = reward[()]
-    return isinstance(reward, numbers.Real | np.bool_) and bool(np.isfinite(float(reward)))
 
 
 def equal(one: Any, other: Any) -> bool:

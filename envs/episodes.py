@@ -34,6 +34,7 @@ class Episodes(gymnasium.Wrapper):
     Attributes:
         past: what the next reset is to live through again.
         cut: whether the newest `past` could not be.
+        over: whether the episode has ended, so that the next step begins another one.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
@@ -43,7 +44,7 @@ class Episodes(gymnasium.Wrapper):
         self.cut = False
         self._seed = 0
         self._episode = -1
-        self._over = False
+        self.over = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin the next episode; with a seed the first one, or the one of `past`."""
@@ -63,11 +64,11 @@ class Episodes(gymnasium.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Take one step, or begin the next episode after the end of one."""
-        if self._over:
+        if self.over:
             observation, info = self.reset()
             return observation, 0.0, False, False, info
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self._over = bool(terminated or truncated)
+        self.over = bool(terminated or truncated)
         return observation, reward, terminated, truncated, info
 
     def _begin(self) -> Any:
@@ -77,14 +78,14 @@ class Episodes(gymnasium.Wrapper):
         if multiprocessing.parent_process() is not None:  # here no other environment draws from these
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002
-        self._over = False
+        self.over = False
         return self.env.reset(seed=seed)[0]
 
     def _relive(self, actions: np.ndarray) -> Any:
         """Take the actions anew; None if the episode ends before the last of them."""
         observation = self._begin()
         for action in actions:
-            if self._over:
+            if self.over:
                 return None
             observation = self.step(action)[0]
         return observation

@@ -1,7 +1,9 @@
 """The exceptions of this package: a user's mistake, and an environment that breaks while it runs."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 
 
 class EnvError(Exception):
@@ -9,18 +11,35 @@ class EnvError(Exception):
 
 
 class EnvironmentFailure(EnvError):
-    """An environment raised, or its process died. The message is a summary line, then the traceback if any.
+    """An environment raised, hung, gave a wrong value, or its process died. The message is one line.
 
-    `index` is the environment's place among its streams, `name` the name it was made by.
+    `index` is the environment's place among its streams, `name` the name it was made by, `details` the traceback where
+    there is one.
     """
 
-    def __init__(self, message: "str | EnvironmentFailure", index: int = 0, name: str = "") -> None:
-        """Build from a message, or from another failure: gymnasium re-raises a worker's as `type(e)(e)`."""
-        if isinstance(message, EnvironmentFailure):
-            index, name = message.index, message.name
-        super().__init__(str(message))
-        self.index: int = index
-        self.name: str = name
+    def __init__(self, message: str, index: int = 0, name: str = "", details: str = "") -> None:
+        """Build from a message of one line."""
+        super().__init__(message)
+        self.index, self.name, self.details = index, name, details
+
+
+@contextlib.contextmanager
+def failing(who: str, during: str, index: int = 0, name: str = "") -> Iterator[None]:
+    """Raise what an environment raises as EnvironmentFailure, with kind and place; a user's mistake as it is."""
+    try:
+        yield
+    except EnvError:
+        raise
+    except WrongValue as error:
+        raise EnvironmentFailure(f"{who} gave {error}", index, name) from None
+    except (Exception, SystemExit) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"raised {type(error).__name__} {during}: {one_line(error)} ({place.filename}:{place.lineno})"
+        raise EnvironmentFailure(f"{who} {what}", index, name, traceback.format_exc()) from None
+
+
+class WrongValue(Exception):
+    """An environment returned something that its spaces do not say; the message names it, says what and what to do."""
 
 
 def nearest(name: str, known: Iterable[str], prefix: str) -> str:

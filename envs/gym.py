@@ -29,9 +29,14 @@ def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str,
             **options,
         )
     except TypeError as error:
-        if not options:
-            raise
-        raise EnvError(f"environment 'gym_{task}' refuses the options {dict(options)}: {one_line(error)}") from None
+        if options:
+            given = f"the options {dict(options)}"
+            raise EnvError(f"environment 'gym_{task}' refuses {given}: {one_line(error)}") from None
+        if render and "render_mode" in str(error):
+            raise EnvError(
+                f"environment 'gym_{task}' does not render images (it knows no render_mode); do without rendering"
+            ) from None
+        raise
     except gymnasium.error.UnregisteredEnv:
         hint = nearest(task, gymnasium.registry, "gym_") or "; name its module too, as in gym_<module>:<Id>"
         raise EnvError(f"unknown environment 'gym_{task}'{hint}") from None

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import gymnasium
@@ -25,6 +26,8 @@ def make(task: str, *, own_time_limit: bool, render: bool, options: Mapping[str,
         raise EnvError(f"unknown environment 'memorymaze_{task}'; the sizes are {', '.join(SIZES)}")
     if render:
         raise EnvError(f"environment 'memorymaze_{task}' renders nothing but its observations; do without rendering")
+    if not find_spec("memory_maze"):
+        raise EnvError(f"environment 'memorymaze_{task}' misses a package; {INSTALL}")
     rendering.load_suite(render=True)  # observations are pictures: chooses a GL backend, or says what hinders it
     try:
         from memory_maze import tasks

@@ -1,30 +1,19 @@
 """Many environments as endless streams of rows, stepped in processes of their own or in this one."""
 
-import contextlib
 import dataclasses
 import functools
-import logging
 import multiprocessing
-import os
-import signal
-import threading
-import traceback
-from collections.abc import Iterator, Mapping
-from multiprocessing.connection import wait
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import gymnasium
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 import envs
-from envs.episodes import Episodes, Memory, Past
+from envs.episodes import Memory, Past
 from envs.errors import EnvError, EnvironmentFailure
+from envs.workers import FAREWELL, Inside, Outside
 from envs.wrappers import RESERVED
-
-logger = logging.getLogger(__name__)
-
-FAREWELL = 5.0  # seconds that a step under way may take when the streams are closed
 
 Row = dict[str, np.ndarray]
 
@@ -39,6 +28,15 @@ class Finished:
     metrics: dict[str, float]  # what the environment itself told, in `info["episode_metrics"]` of the last step
 
 
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """An environment that broke and was started anew, or could not be."""
+
+    index: int
+    rows: int  # of its broken episode that were given out
+    failure: EnvironmentFailure
+
+
 class Streams:
     """N environments side by side, each an endless stream of rows: the next episode follows the last.
 
@@ -51,13 +49,18 @@ class Streams:
     equal seeds and actions give equal rows. So streams are saved as the actions of the running episodes, and restored
     by taking them again (see `envs.episodes`).
 
-    No row holds NaN or infinity: the environment that gives one is named as a failure.
+    An environment that raises, hangs, gives a value that its spaces do not allow (NaN and infinity are none), changes
+    its spaces, or whose process dies is started anew, and its next episode begins: its row is a first one. What was
+    given out of the broken episode is told in `broken`, and does not count as an episode. The next such failure after
+    `restarts` of them is raised.
 
     Attributes:
         observation_space, action_space: of a single environment, as `envs.make` gives them.
         amount: N.
         finished: every episode that ended in the newest row.
         note: what the environment wants said when a run begins, or None.
+        broken: every failure since the row before, the one that was raised included.
+        restarts: how often an environment was started anew, all together.
     """
 
     def __init__(
@@ -70,47 +73,67 @@ class Streams:
         action_repeat: int = 1,
         time_limit: int | None = None,
         options: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        restarts: int = 0,
     ) -> None:
         """Make `amount` environments `name`, each in a process of its own if `parallel`.
 
+        The other arguments are those of `envs.make`, but for two: `timeout` is the seconds in which a process must
+        answer (None: for ever; an environment in this process cannot be timed), and after `restarts` failures the next
+        one is raised.
+
         Raises:
             EnvError: the environment cannot be made (see `envs.make`), or `amount` is below 1.
-            EnvironmentFailure: its constructor raised something else.
+            EnvironmentFailure: its constructor raised something else, hung, or its process died.
         """
         if amount < 1:
             raise EnvError(f"the number of environments is {amount}; give 1 or more")
-        makers = [
-            functools.partial(
-                make_reported, name, index, action_repeat=action_repeat, time_limit=time_limit, options=options
-            )
-            for index in range(amount)
-        ]
+        make = functools.partial(envs.make, name, action_repeat=action_repeat, time_limit=time_limit, options=options)
         self.amount = amount
         self.finished: list[Finished] = []
-        self._name = name
+        self.broken: list[Broken] = []
+        self.restarts = 0
+        self._allowed, self._timeout = restarts, timeout
         self._seed = seed
         self._pending = False
         self._failed = False
-        self._actions: np.ndarray | None = None
         self._newest: Row | None = None
         self._episodes = np.full(amount, -1)
         self._last = np.zeros(amount, bool)
         self._returns = np.zeros(amount)
         self._lengths = np.zeros(amount, int)
-        self._envs: AsyncVectorEnv | SyncVectorEnv = make_parallel(name, makers) if parallel else make_serial(makers)
-        self.observation_space = self._envs.single_observation_space
-        self.action_space = self._envs.single_action_space
-        self.note: str | None = self._envs.metadata.get("note")
+        if parallel:
+            # Here first: mistakes come before any process starts, and what holds for all of a process, such as which GL
+            # library it uses, is chosen before the server of processes imports anything.
+            make().close()
+            preload(name)
+        kind: type[Inside | Outside] = Outside if parallel else Inside
+        self._workers = [kind(make, name, index) for index in range(amount)]
+        try:
+            for worker in self._workers:
+                worker.start()
+            *spaces, notes = zip(*(worker.receive(timeout) for worker in self._workers), strict=True)
+            pairs = list(zip(*spaces, strict=True))
+            for index, pair in enumerate(pairs):
+                if pair != pairs[0]:
+                    raise EnvError(
+                        f"environment {index} ({name}) has the spaces {pair}, and environment 0 {pairs[0]};"
+                        " all must have the same"
+                    )
+        except BaseException:
+            self._kill()
+            raise
+        self.observation_space, self.action_space = self._spaces = pairs[0]
+        self.note: str | None = notes[0]
         self._memory = Memory(amount, self.action_space)
 
     def reset(self) -> Row:
         """Start every environment anew from its seed and return the first row."""
-        with self._reporting():
-            observation, _ = self._envs.reset(seed=self._seed)
-        nothing = np.zeros(self.amount, bool)
         self._episodes[:] = -1
-        self._last = ~nothing  # what follows a last row is a first row
-        return self._row(observation, np.zeros(self.amount), nothing, nothing, {})
+        observations, _ = self._begin([None] * self.amount)
+        self._last = np.ones(self.amount, bool)  # what follows a last row is a first row
+        nothing = np.zeros(self.amount, bool)
+        return self._row(observations, np.zeros(self.amount), nothing, nothing, [{}] * self.amount)
 
     def state_dict(self) -> dict[str, Any]:
         """The running episodes, as arrays, lists and plain types; after a failure or amid a step they are lost."""
@@ -120,6 +143,7 @@ class Streams:
             "actions": self._memory.actions(),
             "returns": self._returns.tolist(),
             "lengths": self._lengths.tolist(),
+            "restarts": self.restarts,
         }
 
     def restore(self, state: dict[str, Any]) -> tuple[Row, list[int]]:
@@ -130,13 +154,11 @@ class Streams:
             the first of their next ones.
         """
         nothing = np.zeros(self.amount, bool)
-        with self._reporting():
-            self._envs.set_attr("past", self._pasts(state))
-            observation, _ = self._envs.reset(seed=self._seed)
-            cut = np.array(self._envs.get_attr("cut"))
-        self._episodes = np.array(state["episodes"]) - 1 + cut
+        self.restarts = state.get("restarts", 0)
+        self._episodes, self._lengths = np.array(state["episodes"]) - 1, np.array(state["lengths"])
+        observations, cut = self._begin(self._pasts(state))
         self._last = ~nothing
-        row = self._row(observation, np.zeros(self.amount), nothing, nothing, {})
+        row = self._row(observations, np.zeros(self.amount), nothing, nothing, [{}] * self.amount)
         if not cut.all():
             row = {key: np.where(spread(cut, value), value, state["row"][key]) for key, value in row.items()}
             self._returns = np.where(cut, 0.0, state["returns"])
@@ -157,119 +179,140 @@ class Streams:
 
     def send(self, actions: np.ndarray) -> None:
         """Start one step; actions are (N, A) float32, (N,) int64 or (N, k) int64 as the space demands."""
-        if isinstance(self._envs, AsyncVectorEnv):
-            with self._reporting():
-                self._envs.step_async(actions)
+        for worker, action in zip(self._workers, actions, strict=True):
+            worker.send("step", action)
         self._memory.add(actions)
-        self._actions = actions
         self._pending = True
 
     def receive(self) -> Row:
         """Wait for the step that `send` started and return its row.
 
         Raises:
-            EnvironmentFailure: an environment raised, gave a number that is not finite, or its process died. Close
-                the streams then.
+            EnvironmentFailure: an environment broke, and no more restarts are allowed. Close the streams then.
         """
         if not self._pending:
             raise RuntimeError("receive() without send(): every send is answered by one receive")
         self._pending = False
-        with self._reporting():
-            if isinstance(self._envs, AsyncVectorEnv):
-                observation, reward, terminated, truncated, infos = self._envs.step_wait()
-            else:
-                observation, reward, terminated, truncated, infos = self._envs.step(self._actions)
-        return self._row(observation, reward, terminated, truncated, infos)
+        answers, failed = self._gather([self._timeout] * self.amount)
+        rows = np.where(self._last, 0, self._lengths + 1)
+        self.broken = [Broken(index, int(rows[index]), failure) for index, failure in failed.items()]
+        for index, failure in failed.items():
+            observation = self._replace(index, failure, self._episodes[index] + 1 + self._last[index])
+            answers[index] = (observation, 0.0, False, False, {})
+        self._last = self._last | [index in failed for index in range(self.amount)]  # a first row follows
+        observations, rewards, terminated, truncated, metrics = zip(*answers, strict=True)
+        return self._row(observations, np.array(rewards), np.array(terminated), np.array(truncated), metrics)
 
     def close(self) -> None:
         """End the environments and their processes; a step under way may finish, a failure ends them."""
-        if not isinstance(self._envs, AsyncVectorEnv):
-            self._envs.close()
-        elif not self._envs.closed:
-            if not self._failed:
-                self._leave(self._envs)
-            if self._failed:
-                kill(self._envs)
+        if not self._failed:
+            for worker in self._workers:
+                worker.ask_to_end()
+        self._kill(0.0 if self._failed else FAREWELL)
 
-    def _leave(self, vector: AsyncVectorEnv) -> None:
-        """Close in order; whatever goes wrong counts as a failure."""
+    def _kill(self, patience: float = 0.0) -> None:
+        deadline = time.monotonic() + patience
+        for worker in self._workers:
+            worker.kill(max(0.0, deadline - time.monotonic()))
+
+    def _gather(self, timeouts: list[float | None]) -> tuple[list[Any], dict[int, EnvironmentFailure]]:
+        """The answer of each worker, None where it failed, and the failures by index."""
+        answers, failed = [], {}
+        for index, (worker, timeout) in enumerate(zip(self._workers, timeouts, strict=True)):
+            try:
+                answers.append(worker.receive(timeout))
+            except EnvironmentFailure as failure:
+                answers.append(None)
+                failed[index] = failure
+            except BaseException:  # Ctrl-C: answers half read can never be sorted out again
+                self._failed = True
+                raise
+        return answers, failed
+
+    def _begin(self, pasts: Sequence[Past | None]) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """Have each environment begin, or live through its past: the observations, and which pasts were cut (N,)."""
+        for index, (worker, past) in enumerate(zip(self._workers, pasts, strict=True)):
+            worker.send("begin", self._seed + index, past)
+        steps = [1 if past is None else 1 + len(past.actions) for past in pasts]
+        answers, failed = self._gather([None if self._timeout is None else self._timeout * n for n in steps])
+        known = [past is not None and past.observation is not None for past in pasts]  # else it had been cut before
+        rows = np.where(known, self._lengths, 0)  # the newest row was not given out again
+        self.broken = [Broken(index, int(rows[index]), failure) for index, failure in failed.items()]
+        cut = np.array([answer is None or answer[1] for answer in answers])
+        self._episodes += cut
+        for index, failure in failed.items():
+            answers[index] = self._replace(index, failure, self._episodes[index] + 1), True
+        return [observation for observation, _ in answers], cut
+
+    def _replace(self, index: int, failure: EnvironmentFailure, episode: int) -> dict[str, Any]:
+        """Start a broken environment anew with `episode`, or one after it; the observation that it begins with."""
+        worker = self._workers[index]
         try:
-            with self._reporting():
-                if self._pending:
-                    vector.step_wait(timeout=FAREWELL)
-                vector.close()
-        except Exception:
-            logger.debug("the environments could not be closed in order", exc_info=True)
+            while True:
+                if self.restarts >= self._allowed:
+                    raise exhausted(failure, self._allowed)
+                self.restarts += 1
+                try:
+                    worker.start()
+                    check_spaces(worker.receive(self._timeout)[:2], self._spaces, failure)
+                    worker.send("begin", self._seed + index, Past(episode - 1, np.zeros(0), None))
+                    observation: dict[str, Any] = worker.receive(self._timeout)[0]
+                except EnvironmentFailure as another:
+                    failure, episode = another, episode + 1
+                    self.broken.append(Broken(index, 0, failure))
+                else:
+                    self._episodes[index] = episode - 1  # the row to come is its first
+                    return observation
+        except BaseException:
+            self._failed = True
+            raise
 
     def _row(
         self,
-        observation: Row,
+        observations: Sequence[dict[str, Any]],
         reward: np.ndarray,
         terminated: np.ndarray,
         truncated: np.ndarray,
-        infos: dict[str, Any],
+        metrics: Sequence[dict[str, float]],
     ) -> Row:
         first, last = self._last, terminated | truncated
         self._returns = np.where(first, 0.0, self._returns + reward)
         self._lengths = np.where(first, 0, self._lengths + 1)
         self._last = last
         self.finished = [
-            Finished(index, float(self._returns[index]), int(self._lengths[index]), metrics_of(infos, index))
+            Finished(index, float(self._returns[index]), int(self._lengths[index]), metrics[index])
             for index in np.flatnonzero(last).tolist()
         ]
         self._episodes += first
         self._memory.forget(first)
         flags = {"is_first": first, "is_last": last, "is_terminal": terminated}
-        with np.errstate(over="ignore"):  # what overflows is not finite, and reported
-            row = {**observation, "reward": reward.astype(np.float32), **flags}
-        self._check_finite(row)
-        self._newest = row
-        return row
+        self._newest = {**self._stacked(observations), "reward": reward.astype(np.float32), **flags}
+        return self._newest
 
-    def _check_finite(self, row: Row) -> None:
-        for key, values in row.items():
-            if values.dtype.kind != "f" or np.isfinite(values).all():
-                continue
-            index = int(np.flatnonzero(~np.isfinite(values.reshape(self.amount, -1)).all(1))[0])
-            what = "reward" if key == "reward" else f"observation {key!r}"
-            wrong = values[index].reshape(-1)[~np.isfinite(values[index].reshape(-1))][0]
-            self._failed = True
-            message = f"environment {index} ({self._name}) gave {what} with a value that is not finite ({wrong})"
-            raise EnvironmentFailure(message, index, self._name)
-
-    @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Remember a failure, and name the process that died where only a closed pipe is left of it."""
-        try:
-            with quiet_gymnasium():
-                yield
-        except BaseException as error:  # Ctrl-C included: answers half read can never be sorted out again
-            self._failed = True
-            if isinstance(error, EOFError | ConnectionError):
-                raise self._death() from None
-            raise
-
-    def _death(self) -> EnvironmentFailure:
-        processes = self._envs.processes if isinstance(self._envs, AsyncVectorEnv) else []
-        wait([process.sentinel for process in processes], timeout=FAREWELL)  # the pipe closes a moment before
-        for index, process in enumerate(processes):
-            if process.exitcode is not None:
-                message = (
-                    f"environment {index} ({self._name}) died: its process ended with exit code"
-                    f" {process.exitcode} (-9 often means out of memory; try fewer environments)"
-                )
-                return EnvironmentFailure(message, index, self._name)
-        return EnvironmentFailure(f"an environment of {self._name} closed its connection", -1, self._name)
+    def _stacked(self, observations: Sequence[dict[str, Any]]) -> Row:
+        return {
+            key: np.array([observation[key] for observation in observations], space.dtype)
+            for key, space in self.observation_space.items()
+        }
 
 
-def metrics_of(infos: dict[str, Any], index: int) -> dict[str, float]:
-    """The `episode_metrics` of environment `index`, from the infos of a vector environment.
+def exhausted(failure: EnvironmentFailure, allowed: int) -> EnvironmentFailure:
+    """The failure that ends it all, told as such."""
+    text = str(failure)
+    if allowed:
+        text += f"; env.restarts={allowed} is used up: mend it, or allow more"
+    return EnvironmentFailure(text, failure.index, failure.name, failure.details)
 
-    There a number is an array over environments, and an array of the same name after "_" says which of them have it.
-    """
-    metrics = infos.get("episode_metrics", {})
-    told = [name for name in metrics if f"_{name}" in metrics and metrics[f"_{name}"][index]]
-    return {name: float(metrics[name][index]) for name in told}
+
+def check_spaces(found: Any, expected: Any, failure: EnvironmentFailure) -> None:
+    """Raise EnvironmentFailure if an environment that was started anew has other spaces than before."""
+    if found != expected:
+        raise EnvironmentFailure(
+            f"environment {failure.index} ({failure.name}) changed its spaces: started anew it has {found},"
+            f" before it had {expected}",
+            failure.index,
+            failure.name,
+        )
 
 
 def observation_keys(row: Row) -> list[str]:
@@ -282,101 +325,8 @@ def spread(chosen: np.ndarray, values: np.ndarray) -> np.ndarray:
     return chosen.reshape(-1, *[1] * (values.ndim - 1))
 
 
-def make_serial(makers: list[functools.partial]) -> SyncVectorEnv:
-    """Put all environments in this process."""
-    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
-
-
-def make_parallel(name: str, makers: list[functools.partial]) -> AsyncVectorEnv:
-    """Give each environment a process, forked from a clean server that has imported everything before.
-
-    Forking from this process would copy its threads' locks, starting afresh would import everything N times.
-    """
+def preload(name: str) -> None:
+    """Have the server, from which processes are forked, import what environment `name` needs."""
     suite, _, task = name.partition("_")
     modules = envs.ADAPTERS[suite].preload(task) if suite in envs.ADAPTERS else []
     multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", *modules])
-    try:
-        return AsyncVectorEnv(makers, shared_memory=True, context="forkserver", autoreset_mode=AutoresetMode.NEXT_STEP)
-    except (EOFError, ConnectionError):
-        message = f"an environment of {name} died while it was made in its process; its own words are above"
-        raise EnvironmentFailure(message, -1, name) from None
-
-
-def kill(vector: AsyncVectorEnv) -> None:
-    """End all processes at once, without a word to them."""
-    for process in vector.processes:
-        process.kill()
-        process.join()
-    vector.closed = True
-
-
-def make_reported(
-    name: str, index: int, *, action_repeat: int, time_limit: int | None, options: Mapping[str, Any] | None
-) -> gymnasium.Env:
-    """Make environment `index`, whose errors carry its name and index; tie a process of its own to ours."""
-    if multiprocessing.parent_process() is not None:
-        # Ctrl-C and a job manager's signal reach all processes of a group, but the main one decides what follows.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        threading.Thread(target=die_with_parent, daemon=True).start()
-    with reporting(name, index, "make"):
-        env = envs.make(name, action_repeat=action_repeat, time_limit=time_limit, options=options)
-    return Reported(Episodes(env), name, index)
-
-
-def die_with_parent() -> None:
-    """Wait until the main process is gone, then leave at once, even from the middle of a step."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-class Reported(gymnasium.Wrapper):
-    """Raises every error of an environment as EnvironmentFailure; of infos it keeps the one that is read."""
-
-    def __init__(self, env: gymnasium.Env, name: str, index: int) -> None:
-        """Report errors of `env` as those of environment `index` made by `name`."""
-        super().__init__(env)
-        self._name = name
-        self._index = index
-
-    def reset(self, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-        """Start an episode."""
-        with reporting(self._name, self._index, "reset"):
-            observation, _ = self.env.reset(**arguments)
-        return observation, {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Take one step."""
-        with reporting(self._name, self._index, "step"):
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            metrics = {name: float(value) for name, value in info.get("episode_metrics", {}).items()}
-            kept = {"episode_metrics": metrics} if metrics else {}
-            return observation, float(reward), bool(terminated), bool(truncated), kept
-
-
-@contextlib.contextmanager
-def reporting(name: str, index: int, action: str) -> Iterator[None]:
-    """Turn any error but a user's mistake into an EnvironmentFailure with the traceback in its message."""
-    try:
-        yield
-    except EnvError:
-        raise
-    except Exception as error:
-        summary = f"environment {index} ({name}) raised {type(error).__name__} in {action}: {error}"
-        raise EnvironmentFailure(f"{summary}\n{traceback.format_exc()}", index, name) from None
-
-
-@contextlib.contextmanager
-def quiet_gymnasium() -> Iterator[None]:
-    """Keep gymnasium from logging a worker's error, which is raised anyway.
-
-    Its logger also formats the traceback with `%`, and so fails on every traceback that has a percent sign.
-    """
-    level = gymnasium.logger.min_level
-    gymnasium.logger.min_level = gymnasium.logger.ERROR + 1
-    try:
-        yield
-    finally:
-        gymnasium.logger.min_level = level

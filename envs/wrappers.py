@@ -1,13 +1,15 @@
 """Wrappers that turn any observation into the few spaces that the agent understands, and repeat actions."""
 
+from collections.abc import Mapping
 from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from envs.errors import EnvError
+from envs.errors import EnvError, WrongValue
 from envs.images import as_image, image_shape, is_image
+from envs.values import check_space, dtype_problem, entry_problem
 
 RESERVED = ("is_first", "is_last", "is_terminal", "reward", "action")  # the other entries of a row
 
@@ -17,35 +19,56 @@ class DictObservation(gymnasium.ObservationWrapper):
 
     The entries of a Dict space keep their names, any other space becomes the entry "observation".
 
+    What an environment returns is held against its space on the way: shape, kind of dtype, bounds, finite numbers, and
+    that the space is still the one that it had.
+
     Raises:
         EnvError: an entry of an unsupported space or with a reserved name.
+        WrongValue: from `reset` and `step`, where a value does not fit.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
         """Convert the spaces of `env`."""
         super().__init__(env)
+        self._source = env.observation_space
         self._sources = entries(env.observation_space)
-        self.observation_space = spaces.Dict(
-            {key: observation_entry(key, space) for key, space in self._sources.items()}
-        )
+        self._seen = {key: observation_entry(key, space) for key, space in self._sources.items()}
+        self.observation_space = spaces.Dict(self._seen)
 
     def observation(self, observation: Any) -> dict[str, Any]:
         """Convert one observation; the arrays are copies, so an environment may reuse its own."""
-        if not isinstance(self.env.observation_space, spaces.Dict):
+        check_space("observation_space", self.env.observation_space, self._source)
+        if not isinstance(self._source, spaces.Dict):
             observation = {"observation": observation}
+        if not isinstance(observation, Mapping):
+            raise WrongValue(f"a {type(observation).__name__} as observation; return a dict, as observation_space says")
+        if missing := self._sources.keys() - observation.keys():
+            raise WrongValue(f"an observation without {min(missing)!r}; return every key of observation_space")
         return {key: self._convert(key, observation[key], source) for key, source in self._sources.items()}
 
     def _convert(self, key: str, value: Any, source: spaces.Space) -> Any:
-        if isinstance(source, spaces.Discrete):
-            return int(value) - int(source.start)
-        if isinstance(source, spaces.MultiDiscrete):
-            return (np.asarray(value) - source.start).reshape(-1).astype(np.int64)
-        if is_image(source):
+        problem = dtype_problem(value, source)
+        picture = is_image(source)
+        if problem is None and isinstance(source, spaces.Box) and not picture:
+            with np.errstate(over="ignore"):  # what becomes infinite is found below
+                value = np.array(value, np.float32)
+            if value.shape != source.shape:
+                problem = f"has shape {value.shape}, its space says {source.shape}; make them equal"
+            else:
+                value = value.reshape(-1)
+                problem = entry_problem(value, self._seen[key])
+        elif problem is None:
+            problem = entry_problem(value, source)
+        if problem is not None:
+            raise WrongValue(f"observation {key!r} that {problem}")
+        if picture:
             return as_image(value, source.shape or ())
-        value = np.array(value, np.float32)
-        if value.shape != source.shape:
-            raise ValueError(f"observation {key!r} has shape {value.shape}, its space says {source.shape}")
-        return value.reshape(-1)
+        match source:
+            case spaces.Discrete():
+                return int(value) - int(source.start)
+            case spaces.MultiDiscrete():
+                return (np.asarray(value) - source.start).reshape(-1).astype(np.int64)
+        return np.array(value, np.float32).reshape(-1)
 
 
 def entries(space: spaces.Space) -> dict[str, spaces.Space]:

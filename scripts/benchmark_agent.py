@@ -12,8 +12,9 @@ from typing import Any
 
 STARTED = time.time()  # before anything that takes long to import
 
-from agent.command_line import config_from_arguments, make_parser, run_main  # noqa: E402
-from agent.config import parse_value  # noqa: E402
+from agent.command_line import config_from_arguments, make_parser, run_main, tell  # noqa: E402
+from agent.config import parse_settings  # noqa: E402
+from agent.errors import UserError, writing  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -68,22 +69,56 @@ def main() -> None:
     parser.add_argument("--minutes", metavar="M", type=float, default=8, help="time for the whole matrix (8)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="also write the matrix as JSON, after every line")
     arguments = parser.parse_args()
+    _check(arguments)
+    news: list[str] = []
+    config = config_from_arguments(arguments, news.append)
+    inductor = _inductor_settings(arguments.inductor)
     if arguments.matrix:
+        import envs
+
+        env = config.env
+        envs.make(env.name, action_repeat=env.action_repeat, time_limit=env.time_limit, options=env.options).close()
         _time_matrix(arguments)
         return
-    config = config_from_arguments(arguments)
 
     import torch
 
+    from agent.training import choose_training_device
     from agent.update_timing import time_updates
 
+    choose_training_device(config)
+    for line in news:
+        tell(line)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    for setting in arguments.inductor:
-        key, _, value = setting.partition("=")
-        setattr(torch._inductor.config, key, parse_value(value, "--inductor"))
+    for key, value in inductor.items():
+        setattr(torch._inductor.config, key, value)
     show = (lambda text: print(text, file=sys.stderr)) if arguments.kernels else None
     print(json.dumps(time_updates(config, STARTED, arguments.updates, show)))
+
+
+def _check(arguments: Any) -> None:
+    """UserError for numbers that mean nothing, and for a file that could not be written."""
+    for flag, least in (("updates", 1), ("threads", 1), ("minutes", 0)):
+        value = getattr(arguments, flag)
+        if value is not None and value < least:
+            raise UserError(f"--{flag} {value}: give {least} or more")
+    if arguments.out and not arguments.matrix:
+        raise UserError(f"--out {arguments.out} is for --matrix; one configuration is printed on stdout")
+    if arguments.out and (arguments.out.is_dir() or not arguments.out.parent.is_dir()):
+        raise UserError(f"--out {arguments.out}: give a file in a folder that exists")
+
+
+def _inductor_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """The compiler's settings by name."""
+    found = parse_settings(settings, "--inductor") if settings else {}
+    if found:
+        import torch._inductor.config as known  # takes seconds
+
+        for key in found:
+            if not hasattr(known, key):
+                raise UserError(f"--inductor {key}: torch's compiler has no such setting")
+    return found
 
 
 def _time_matrix(arguments: Any) -> None:
@@ -98,7 +133,8 @@ def _time_matrix(arguments: Any) -> None:
         rows.append(row)
         print("  ".join(_cell(row, column).rjust(len(column)) for column in COLUMNS), flush=True)
         if arguments.out:
-            arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+            with writing(arguments.out):
+                arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _rows(cases: Sequence[tuple[str, str, tuple[str, ...], bool]], arguments: Any, deadline: float) -> Iterator[Row]:

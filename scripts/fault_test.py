@@ -1,5 +1,6 @@
 """Kill a training run again and again, and see whether it ends as the run that was never stopped."""
 
+import argparse
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from agent.command_line import make_parser, run_main
+from agent.command_line import config_from_arguments, make_parser, run_main
 from agent.errors import UserError
 
 STARTING, WRITING, RUNNING = "while it starts", "while it writes a checkpoint", "while it runs"
@@ -58,7 +59,7 @@ def run_and_kill(command: list[str], kind: str, logdir: Path, frames: int, luck:
     for _ in waits(kind, logdir, frames, luck):
         if process.poll() is not None:
             if process.returncode:
-                raise UserError(f"the run failed by itself: {process.stderr.read()}")
+                raise UserError(f"the run failed by itself: {last_line(process.stderr.read())}")
             return False
         if time.monotonic() > deadline:
             process.kill()
@@ -107,6 +108,19 @@ def content(logdir: Path) -> dict[str, Any]:
     return {key: state[key] for key in kept} | {"replay": [checkpoint.load(folder / name) for name in files]}
 
 
+def check_command(arguments: argparse.Namespace) -> None:
+    """Find the mistakes that would end every run, before there is one."""
+    import envs
+
+    env = config_from_arguments(arguments).env
+    envs.make(env.name, action_repeat=env.action_repeat, time_limit=env.time_limit, options=env.options).close()
+
+
+def last_line(text: str) -> str:
+    """What a program said last."""
+    return (text.strip().splitlines() or ["it said nothing"])[-1]
+
+
 def main() -> None:
     """Train once undisturbed and once killed, and compare."""
     parser = make_parser(
@@ -125,6 +139,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.kills < 1:
         raise UserError(f"--kills {arguments.kills}: give 1 or more")
+    if not arguments.seconds > 0:
+        raise UserError(f"--seconds {arguments.seconds}: give more than 0")
+    check_command(arguments)
     work = Path(tempfile.mkdtemp(prefix="fault_test_"))
     settings = ["log.every=100", f"checkpoint.minutes={arguments.seconds / 60}", *arguments.set]
     script = Path(__file__).with_name("train_agent.py")
@@ -134,7 +151,7 @@ def main() -> None:
     print(f"two runs in {work}", flush=True)
     undisturbed = subprocess.run([*common, str(work / "whole")], stderr=subprocess.PIPE, text=True)
     if undisturbed.returncode:
-        raise UserError(f"the undisturbed run failed: {undisturbed.stderr}")
+        raise UserError(f"the undisturbed run failed: {last_line(undisturbed.stderr)}")
     luck, logdir = random.Random(int(arguments.seed)), work / "killed"
     steps, killed = int(float(arguments.steps)), dict.fromkeys((STARTING, WRITING, RUNNING), 0)
     for number in range(arguments.kills):
@@ -147,7 +164,7 @@ def main() -> None:
         print(f"kill {number + 1}, {kind}: {frames_done(logdir)} frames were told", flush=True)
     last = subprocess.run([*common, str(logdir)], stderr=subprocess.PIPE, text=True)
     if last.returncode:
-        raise UserError(f"the killed run does not go on: {last.stderr}")
+        raise UserError(f"the killed run does not go on: {last_line(last.stderr)}")
 
     one, other = metrics(work / "whole"), metrics(logdir)
     unlike = [] if one == other else [f"metrics.jsonl ({len(one)} and {len(other)} lines)"]

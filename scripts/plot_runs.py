@@ -60,7 +60,10 @@ def main() -> None:
     settings = gather(runs)
     published, scales = {}, {}
     if arguments.metric == RETURN:
-        published, scales = read_published(arguments.published), read_scales(arguments.published)
+        try:
+            published, scales = read_published(arguments.published), read_scales(arguments.published)
+        except UserError as error:
+            raise UserError(f"--published {error}") from None
     last = max(int(run.frames.max()) for run in runs)
     known = any(setting.task in published for setting in settings) and last >= PUBLISHED_BIN
     width = arguments.bins or (PUBLISHED_BIN if known else bin_width(last, 20))

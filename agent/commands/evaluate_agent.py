@@ -27,10 +27,13 @@ def main() -> None:
         raise UserError("--logdir is missing: give the folder of a training run")
     if arguments.episodes < 1:
         raise UserError(f"--episodes {arguments.episodes}: give 1 or more")
-    if not arguments.seed.isdecimal():
-        raise UserError(f"--seed {arguments.seed}: give a whole number of at least 0")
+    if not arguments.seed.isdecimal() or int(arguments.seed) >= 2**32:
+        raise UserError(f"--seed {arguments.seed}: give a whole number from 0 to {2**32 - 1}")
     import agent
+    from agent.evaluation import check_video
 
+    if arguments.video:
+        check_video(arguments.video)
     player = agent.load(arguments.logdir, arguments.device, render=arguments.video is not None, best=arguments.best)
     seed = int(arguments.seed)
     results = agent.evaluate(player, arguments.episodes, seed)

@@ -15,7 +15,8 @@ def main() -> None:
         ],
     )
     arguments = parser.parse_args()
-    config = config_from_arguments(arguments)
+    news: list[str] = []  # told when nothing can be wrong any more
+    config = config_from_arguments(arguments, news.append)
     from agent.training import train
 
-    train(config, arguments.logdir)
+    train(config, arguments.logdir, news)

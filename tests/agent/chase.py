@@ -51,6 +51,37 @@ class Fragile(Chase):
         return super().step(action)
 
 
+class Faulty(Chase):
+    """Breaks at step 9 where its target is to the right, and in the reset where it is far to the right."""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        result = super().reset(seed=seed, options=options)
+        if self.target > 0.8:
+            raise RuntimeError("the track is blocked")
+        return result
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        result = super().step(action)
+        if self.time == 9 and self.target > 0:
+            result[0][0] = np.nan
+        return result
+
+
+class Speaking(Chase):
+    """Acts in a way that no agent here can."""
+
+    action_space = gymnasium.spaces.Text(3)  # type: ignore[assignment]
+
+
+class Unmakeable(Chase):
+    """Has a mistake in its constructor."""
+
+    def __init__(self) -> None:
+        self.width = 1 / 0
+
+
 class Restless(Chase):
     """Depends on more than its seed and actions."""
 
@@ -63,3 +94,6 @@ class Restless(Chase):
 gymnasium.register("Restless-v0", entry_point=Restless)
 gymnasium.register("Chase-v0", entry_point=Chase)
 gymnasium.register("Fragile-v0", entry_point=Fragile)
+gymnasium.register("Faulty-v0", entry_point=Faulty)
+gymnasium.register("Speaking-v0", entry_point=Speaking)
+gymnasium.register("Unmakeable-v0", entry_point=Unmakeable)

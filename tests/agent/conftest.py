@@ -34,9 +34,9 @@ def _seed() -> None:
 @pytest.fixture
 def run_script(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Callable[..., int]:
     """Function of words: the exit status of the test module's SCRIPT, run in this process."""
-    script = str(request.module.SCRIPT)
 
     def run(*words: str) -> int:
+        script = str(request.module.SCRIPT)
         monkeypatch.setattr(sys, "argv", [script, *words])
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(script, run_name="__main__")

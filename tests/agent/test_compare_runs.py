@@ -37,7 +37,7 @@ def test_mistakes_are_one_line(run_script: Run, tmp_path: Path, capsys) -> None:
     for words, message in (
         ([one], "two runs or more"),
         ([one, young, "--bins", "0"], "--bins 0"),
-        ([one, tmp_path], "config.yaml: cannot be read"),
+        ([one, tmp_path], "give the folder of a run"),
     ):
         assert run_script(*map(str, words)) == 2
         error = capsys.readouterr().err

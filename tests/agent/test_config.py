@@ -358,6 +358,8 @@ def test_what_may_change_on_resume():
         "checkpoint.minutes",
         "checkpoint.keep",
         "train.max_skipped",
+        "env.timeout",
+        "env.restarts",
     }
 
 

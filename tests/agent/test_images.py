@@ -174,8 +174,8 @@ def test_size_1m_has_the_published_number_of_parameters(
     assert parameter_count(model, behavior) == expected
 
 
-@pytest.mark.parametrize("core", sorted(configuration._names("core")))
-@pytest.mark.parametrize("size", configuration._names("size"))
+@pytest.mark.parametrize("core", sorted(configuration.config_names("core")))
+@pytest.mark.parametrize("size", configuration.config_names("size"))
 def test_every_core_decodes_images_at_every_size(core: str, size: str) -> None:
     config = configuration.resolve(env="dmc_walker", core=core, size=size, device="cpu")
     with torch.device("meta"):

@@ -135,7 +135,7 @@ def test_a_run_without_the_metric_is_left_out(run_script: Run, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["absent"], "config.yaml: cannot be read"),
+        (["absent"], "give the folder of a run"),
         (["run", "--bins", "0"], "--bins 0"),
         (["run", "--figure", "absent/curves.png"], "--figure absent/curves.png: give a file in a folder that exists"),
         (["run", "--figure", "curves.xyz"], "--figure curves.xyz: give a file that ends in"),

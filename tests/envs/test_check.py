@@ -126,3 +126,16 @@ def test_made_environments_have_no_problems():
 def test_endless_episode_is_only_mentioned(caplog):
     assert check_env(stepping(2, False)(), steps=20) == []
     assert "no episode ended in 20 steps" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("nan", "step() number 2 gave observation 'observation' that holds NaN"),
+        ("range", "step() number 2 gave observation 'observation' that is 1000.5 at [1], outside of [0.0, 1000.0]"),
+        ("raise", "step() number 2 raised ValueError: a gear broke at 100 %d"),
+    ],
+)
+def test_faults_of_made_environments_are_explained_once(kind, words):
+    (problem,) = check_env(envs.make(f"gym_faulty:Ruined{kind.title()}-v0"), steps=20)
+    assert problem.startswith(words)

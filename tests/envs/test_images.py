@@ -198,7 +198,7 @@ def test_fast_rendering_draws_no_shadows_and_says_so():
         streams = Streams("dmc_walker_walk_vision", 1, parallel=False, seed=0, options={"fast_rendering": fast})
         images.append(streams.reset()["image"].astype(int))
         notes.append(streams.note)
-        quality = streams._envs.envs[0].unwrapped._env.physics.model.vis.quality
+        quality = streams._workers[0]._host._env.unwrapped._env.physics.model.vis.quality
         assert (quality.shadowsize == 0) == fast
         streams.close()
     assert "as published" in notes[0] and "without shadows" in notes[1]

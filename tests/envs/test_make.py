@@ -145,3 +145,8 @@ def test_unsupported_spaces_say_what_to_do():
         observation_entry("observation", spaces.Tuple([spaces.Discrete(2)]))
     with pytest.raises(EnvError, match="Box of integers"):
         unit_action_space(spaces.Box(0, 5, (2,), np.int32))
+
+
+def test_an_environment_without_render_mode_does_not_render():
+    with pytest.raises(EnvError, match="'gym_faulty:Sound-v0' does not render images .*do without rendering"):
+        envs.make("gym_faulty:Sound-v0", render=True)

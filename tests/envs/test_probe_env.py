@@ -106,9 +106,8 @@ def test_streams_tell_the_metrics():
         assert set(episode.metrics) == {"accuracy", "score", "recall_age_1"}
 
 
-def test_streams_make_single_ones_where_time_is_limited():
+def test_streams_limit_the_time_of_probes():
     streams = Streams("probe_repeat_lag_easy", 2, parallel=False, seed=0, time_limit=3)
-    assert isinstance(streams._envs, SyncVectorEnv)
     streams.reset()
     for _ in range(3):
         streams.send(np.zeros(2, np.int64))

@@ -54,6 +54,10 @@ class Continuous(Tiny):
 class Moody(Tiny):
     """Ends after as many steps as its seed says; what it shows depends on its actions and its draws."""
 
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.observation_space = spaces.Box(-1000, 1000, (2,), np.float64)
+
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.terminal, self.draw = int(self.np_random.integers(1, 9)), 0.0
