@@ -1,4 +1,4 @@
-"""Before anything imports dm_control, which decides then whether it can draw in this process."""
+"""Before anything imports torch or dm_control, which decide then about threads, and whether they can draw here."""
 
 import ctypes.util
 import os
@@ -16,5 +16,6 @@ def can_draw() -> bool:
     )
 
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that share a core crawl
 if "MUJOCO_GL" not in os.environ:
     os.environ["MUJOCO_GL"] = "egl" if can_draw() else "disabled"
