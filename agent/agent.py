@@ -405,6 +405,7 @@ class Agent:
             "encoder": model.encoder, "dynamics": model.rssm, "decoder": model.decoder, "reward": model.reward,
             "continuation": model.continuation, "actor": self.behavior.actor, "critic": self.behavior.critic,
         }  # fmt: skip
+        parts |= {"anticipation": model.anticipation} if model.anticipation else {}
         return {name: parameter_count(module) for name, module in parts.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -103,6 +103,7 @@ class Loss:
     representation: NonNegative
     reconstruction: NonNegative
     reward: NonNegative
+    anticipation: NonNegative
     continuation: NonNegative
     actor: NonNegative
     critic: NonNegative

@@ -46,6 +46,11 @@ class WorldModel(nn.Module):
         size = self.rssm.feature_size
         self.decoder = Decoder(decoded, size, self.rssm.core.feature_size, heads)
         self.reward = TwoHotHead(size, heads.units, heads.reward_layers, heads.bins)
+        self.anticipation = (
+            TwoHotHead(size + action.width, heads.units, heads.reward_layers, heads.bins)
+            if config.loss.anticipation
+            else None
+        )
         self.continuation = ContinuationHead(size, heads.units, heads.continuation_layers)
         self.scales = config.loss
         self.discount = 1 - 1 / config.behavior.discount_horizon
@@ -53,7 +58,7 @@ class WorldModel(nn.Module):
     def losses(
         self, batch: Batch, posterior: Posterior, feature: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The losses of a batch, each a (B, T) array, and statistics for the log, each a number.
+        """The losses of a batch, arrays (B, T) or (B, T - 1), and statistics for the log, each a number.
 
         Args:
             batch: what happened.
@@ -75,9 +80,22 @@ class WorldModel(nn.Module):
             # The discount is part of the target, so that imagination needs no other.
             "continuation": self.continuation.loss(feature, (~batch.terminal).float() * self.discount),
         }
+        if self.anticipation is not None:
+            losses["anticipation"] = self._anticipation_loss(self.anticipation, batch, feature)
         statistics = {
             "kl": dynamics.mean(),
             "prior_entropy": entropy(prior).mean(),
             "posterior_entropy": entropy(seen).mean(),
         }
         return losses, {key: value.detach() for key, value in statistics.items()}
+
+    def _anticipation_loss(self, head: TwoHotHead, batch: Batch, feature: Tensor) -> Tensor:
+        """What each action brings, as predicted where it is chosen, (B, T - 1); nothing across the border of episodes.
+
+        Reward and next observation are predicted after the action, by asking the memory again. A vector that is all of
+        the memory holds their causes before it, too. Of a matrix one sees what was asked for, and nothing but this loss
+        (and the critic's, which knows no action) asks for what the coming action should depend on.
+        """
+        action = batch.previous_action[:, 1:]
+        seen = torch.cat([feature[:, :-1], (action / action.abs().clamp(min=1)).to(feature.dtype)], -1)
+        return (~batch.first[:, 1:]).float() * head.loss(head(seen), batch.reward[:, 1:])

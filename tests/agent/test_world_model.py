@@ -134,19 +134,45 @@ def test_reward_is_a_twohot_cross_entropy(make_model: Make) -> None:
     model, data = make_model(), batch()
     found = posterior(model)
     feature = feature_of(model, found)
-    log_probs = log_softmax(fp64(model.reward(feature)))
+    expected = twohot_cross_entropy(fp64(model.reward(feature)), fp64(data.reward))
+    losses, _ = model.losses(data, found, feature)
+    np.testing.assert_allclose(fp64(losses["reward"]), expected, rtol=1e-3)
+
+
+def twohot_cross_entropy(logits: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Of logits (..., 255) with numbers (...), each between its two symexp-spaced neighbours."""
+    log_probs = log_softmax(logits)
     half = np.linspace(-20, 0, 128)
     negative = -(np.exp(-half) - 1)
     bins = np.concatenate([negative, -negative[:-1][::-1]])
-    expected = np.empty((B, T))
+    expected = np.empty(target.shape)
+    for place, number in np.ndenumerate(target):
+        above = int(np.searchsorted(bins, number))
+        share = (number - bins[above - 1]) / (bins[above] - bins[above - 1])
+        expected[place] = -(1 - share) * log_probs[place][above - 1] - share * log_probs[place][above]
+    return expected
+
+
+def test_anticipation_predicts_the_next_reward_where_the_action_is_chosen(make_model: Make) -> None:
+    model, data = make_model("loss.anticipation=1.0"), batch()
+    head = model.anticipation
+    assert head is not None
+    torch.nn.init.normal_(head.output.weight, std=0.3)
+    data.first[1, 3] = True  # after the time limit at [1, 2]; the action there leads nowhere
+    found = posterior(model)
+    feature = feature_of(model, found)
+    expected = np.zeros((B, T - 1))
     for b in range(B):
-        for t in range(T):
-            reward = data.reward[b, t].item()
-            above = int(np.searchsorted(bins, reward))
-            share = (reward - bins[above - 1]) / (bins[above] - bins[above - 1])
-            expected[b, t] = -(1 - share) * log_probs[b, t, above - 1] - share * log_probs[b, t, above]
+        for t in range(T - 1):
+            if not data.first[b, t + 1]:
+                action = data.previous_action[b, t + 1]
+                seen = torch.cat([feature[b, t], torch.clamp(action, -1, 1)])  # what the environment makes of it
+                expected[b, t] = twohot_cross_entropy(fp64(head(seen)), fp64(data.reward[b, t + 1]))
     losses, _ = model.losses(data, found, feature)
-    np.testing.assert_allclose(fp64(losses["reward"]), expected, rtol=1e-3)
+    np.testing.assert_allclose(fp64(losses["anticipation"]), expected, rtol=1e-3)
+    (reached,) = torch.autograd.grad(losses["anticipation"].sum(), found.latent.h)
+    assert (reached[0, :-1] != 0).any(-1).all() and not reached[:, -1].any() and not reached[1, 2].any()
+    assert make_model().anticipation is None
 
 
 def test_continuation_target_is_zero_or_the_discount(make_model: Make) -> None:
