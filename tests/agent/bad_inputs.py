@@ -176,7 +176,7 @@ EVALUATE = [
     Bad("evaluate_agent", DIR, ("step_", "damaged"), {"{run}/checkpoints/step_*.pt": b"\x80\x04 nothing"}),
     Bad("evaluate_agent", DIR, ("config.yaml", "core.name", "grru"), {"{run}/config.yaml": "core: {name: grru}"}),
     Bad(
-        "evaluate_agent", f"{DIR} --video {{here}}/a.gif", ("--video", "pip install"), hidden=("imageio", "imageio.v3")
+        "evaluate_agent", f"{DIR} --video {{here}}/a.mp4", ("--video", "pip install"), hidden=("imageio", "imageio.v3")
     ),
     Bad("evaluate_agent", f"{DIR} --video {{here}}/none/a.gif", ("--video", "none/a.gif")),
     Bad("evaluate_agent", f"{DIR} --video {{here}}/a.txt", ("--video", "a.txt", ".gif")),

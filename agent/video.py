@@ -1,0 +1,56 @@
+"""Frames as video files: GIF by Pillow, MP4 by imageio, which is an extra."""
+
+import io
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent.errors import UserError, writing
+
+
+def check_video(file: Path, flag: str) -> None:
+    """UserError, which names the flag, if a video cannot be written to `file`, as far as this can be known beforehand.
+
+    Raises:
+        UserError: the kind of file is another one, its folder is missing, or imageio is.
+    """
+    if file.suffix not in (".gif", ".mp4"):
+        raise UserError(f"{flag} {file}: give a file that ends in .gif or .mp4")
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"{flag} {file}: give a file in a folder that exists")
+    if file.suffix == ".mp4" and not find_spec("imageio"):
+        raise UserError(f"{flag} {file}: .mp4 needs imageio: pip install 'imageio[ffmpeg]', or use .gif")
+
+
+def write_video(file: Path, frames: np.ndarray, fps: int) -> None:
+    """Write frames (T, H, W, 3) of bytes as .gif or .mp4.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if file.suffix == ".gif":
+        with writing(file):
+            file.write_bytes(as_gif(frames, fps))
+        return
+    import imageio.v3 as imageio
+
+    height, width = (-(-size // 2) * 2 for size in frames.shape[1:3])  # the codec halves the resolution of colours
+    padding = [(0, 0), (0, height - frames.shape[1]), (0, width - frames.shape[2]), (0, 0)]
+    try:
+        imageio.imwrite(file, np.pad(frames, padding, mode="edge"), fps=fps, macro_block_size=2)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"{file}: {error}; use a .gif, or pip install 'imageio[ffmpeg]' for .mp4") from error
+
+
+def as_gif(frames: np.ndarray, fps: int) -> bytes:
+    """Frames (T, H, W, 3) of bytes as a GIF that begins again at its end."""
+    from PIL import Image
+
+    pictures: list[Any] = [Image.fromarray(frame) for frame in frames]
+    stream = io.BytesIO()
+    pictures[0].save(
+        stream, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+    )
+    return stream.getvalue()
