@@ -142,7 +142,7 @@ def record(agent: Agent, file: Path, seed: int = 0) -> float:
     Raises:
         UserError: the environment does not render, or this kind of file cannot be written.
     """
-    check_video(file, "--video")
+    check_video(file)
     env = make_env(agent.config, render=True)
     total, frames = 0.0, []
     for _, reward, _ in play(agent, env, seed):

@@ -10,18 +10,19 @@ import numpy as np
 from agent.errors import UserError, writing
 
 
-def check_video(file: Path, flag: str) -> None:
-    """UserError, which names the flag, if a video cannot be written to `file`, as far as this can be known beforehand.
+def check_kind(kind: str, flag: str) -> None:
+    """UserError, which begins with the flag as it was given, if no video of this kind can be written."""
+    if kind not in ("gif", "mp4"):
+        raise UserError(f"{flag}: videos are .gif or .mp4")
+    if kind == "mp4" and not find_spec("imageio"):
+        raise UserError(f"{flag}: .mp4 needs imageio: pip install 'imageio[ffmpeg]', or use .gif")
 
-    Raises:
-        UserError: the kind of file is another one, its folder is missing, or imageio is.
-    """
-    if file.suffix not in (".gif", ".mp4"):
-        raise UserError(f"{flag} {file}: give a file that ends in .gif or .mp4")
+
+def check_video(file: Path) -> None:
+    """UserError if the --video `file` cannot be written, as far as this can be known beforehand."""
+    check_kind(file.suffix.removeprefix("."), f"--video {file}")
     if file.is_dir() or not file.parent.is_dir():
-        raise UserError(f"{flag} {file}: give a file in a folder that exists")
-    if file.suffix == ".mp4" and not find_spec("imageio"):
-        raise UserError(f"{flag} {file}: .mp4 needs imageio: pip install 'imageio[ffmpeg]', or use .gif")
+        raise UserError(f"--video {file}: give a file in a folder that exists")
 
 
 def write_video(file: Path, frames: np.ndarray, fps: int) -> None:

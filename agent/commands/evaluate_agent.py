@@ -33,7 +33,7 @@ def main() -> None:
     from agent.video import check_video
 
     if arguments.video:
-        check_video(arguments.video, "--video")
+        check_video(arguments.video)
     player = agent.load(arguments.logdir, arguments.device, render=arguments.video is not None, best=arguments.best)
     seed = int(arguments.seed)
     results = agent.evaluate(player, arguments.episodes, seed)

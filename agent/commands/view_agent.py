@@ -36,8 +36,10 @@ def main() -> None:
     arguments = parser.parse_args()
     views = _checked(arguments)
     import agent
+    from agent.video import check_kind
     from agent.view.files import Look, write_views
 
+    check_kind(arguments.format, f"--format {arguments.format}")
     player = agent.load(arguments.logdir, arguments.device, render="policy" in views, best=arguments.best)
     look = Look(int(arguments.seed), arguments.steps, arguments.length, arguments.context, arguments.format)
     for file in write_views(player, views, arguments.out or arguments.logdir / "view", look):
@@ -62,8 +64,6 @@ def _checked(arguments: Any) -> list[str]:
         raise UserError(f"--length {arguments.length}: give more than the {arguments.context} steps of --context")
     if arguments.steps < arguments.length:
         raise UserError(f"--steps {arguments.steps}: give at least the {arguments.length} steps of --length")
-    if arguments.format not in ("gif", "mp4"):
-        raise UserError(f"--format {arguments.format}: use gif or mp4")
     if not arguments.seed.isdecimal() or int(arguments.seed) >= 2**32:
         raise UserError(f"--seed {arguments.seed}: give a whole number from 0 to {2**32 - 1}")
     return views

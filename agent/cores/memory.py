@@ -123,10 +123,10 @@ def _inverse_norm(C: Tensor) -> Tensor:
 
 
 def effective_rank(C: Tensor) -> Tensor:
-    """The participation ratio |C|^4 / |C'C|^2 of the squared singular values, from 1 to K: (..., K, V) -> (...)."""
-    square = C.square().sum((-2, -1), keepdim=True).clamp(min=torch.finfo(C.dtype).tiny)
-    A = C * square.rsqrt()
-    return (A.mT @ A).square().sum((-2, -1)).reciprocal()
+    """Participation ratio |C|^4 / |C'C|^2 of the squared singular values, 1 to K; 0 where C is 0: (..., K, V) -> (...)."""
+    square, tiny = C.square().sum((-2, -1), keepdim=True), torch.finfo(C.dtype).tiny
+    A = C * square.clamp(min=tiny).rsqrt()
+    return torch.where(square[..., 0, 0] > tiny, (A.mT @ A).square().sum((-2, -1)).reciprocal(), 0.0)
 
 
 def _row(x: Tensor, matrix: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from agent.agent import Agent
 from agent.errors import UserError, writing
 from agent.evaluation import record
-from agent.video import check_video, write_video
+from agent.video import write_video
 from agent.view.episode import Episode, core_inputs, cut, play_episode, spread
 from agent.view.figure import as_png, draw, new_figure
 from agent.view.film import film
@@ -40,33 +40,32 @@ def write_views(agent: Agent, views: Sequence[str], out: Path, look: Look) -> It
         UserError: a package is missing, the folder cannot be written, or the episode is too short for `look.context`.
         EnvironmentFailure: the environment failed.
     """
-    if set(views) - {"policy"}:
-        new_figure()  # whatever is missing is missed before anything is played
+    episode = _played(agent, look) if set(views) - {"policy"} else None
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    video = out / f"policy.{look.video}"
-    check_video(video, "--format")
-    if "policy" in views:
-        record(agent, video, look.seed)
-        yield video
-    if not set(views) - {"policy"}:
-        return
-    episode = play_episode(agent, look.seed, look.steps)
     for view in views:
-        if view == "memory":
+        if episode is None or view == "policy":
+            file = out / f"policy.{look.video}"
+            record(agent, file, look.seed)
+            yield file
+        elif view == "memory":
             yield _write(out / "memory.png", as_png(_memory(agent, episode)))
-        elif view != "policy":
+        else:
             yield from _write_predictions(agent, episode, view, out, look)
+
+
+def _played(agent: Agent, look: Look) -> Episode:
+    new_figure()  # if matplotlib is missing, that is said before anything is played
+    episode = play_episode(agent, look.seed, look.steps)
+    if len(episode.reward) <= look.context:
+        raise UserError(f"--context {look.context}: the episode has {len(episode.reward)} steps; give fewer")
+    return episode
 
 
 def _write_predictions(agent: Agent, episode: Episode, view: str, out: Path, look: Look) -> Iterator[Path]:
     """Sequences of the episode, predicted with its actions or, `imagined`, with those that the policy takes there."""
-    steps = len(episode.reward)
-    length = min(look.length, steps)
-    if length <= look.context:
-        raise UserError(f"--context {look.context}: the episode has {steps} steps; give fewer")
-    starts = spread(steps, length, SEQUENCES)
-    imagined = view == "imagined"
+    length = min(look.length, len(episode.reward))
+    starts, imagined = spread(len(episode.reward), length, SEQUENCES), view == "imagined"
     generator = torch.Generator().manual_seed(look.seed)
     predicted = predict(agent, cut(agent, episode, starts, length), look.context, generator, act=imagined)
     part = "imagined" if imagined else "open loop"
