@@ -123,7 +123,7 @@ def _inverse_norm(C: Tensor) -> Tensor:
 
 
 def effective_rank(C: Tensor) -> Tensor:
-    """Participation ratio |C|^4 / |C'C|^2 of the squared singular values, 1 to K; 0 where C is 0: (..., K, V) -> (...)."""
+    """Participation ratio |C|^4 / |C'C|^2 of squared singular values, 1 to K; 0 where C is 0: (..., K, V) -> (...)."""
     square, tiny = C.square().sum((-2, -1), keepdim=True), torch.finfo(C.dtype).tiny
     A = C * square.clamp(min=tiny).rsqrt()
     return torch.where(square[..., 0, 0] > tiny, (A.mT @ A).square().sum((-2, -1)).reciprocal(), 0.0)
