@@ -78,7 +78,7 @@ def predict(agent: Agent, given: Sequences, context: int, generator: torch.Gener
     return Predicted(
         {key: _shown(agent, key, given.observation[key]) for key in decoded},
         {key: value.cpu() for key, value in decoded.items()},
-        given.reward.cpu(), model.reward.mean(model.reward(feature)).cpu(), ~over, context,
+        given.reward.cpu(), model.reward.mean(model.reward(feature)).float().cpu(), ~over, context,
     )  # fmt: skip
 
 

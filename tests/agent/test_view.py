@@ -35,8 +35,8 @@ Make = Callable[..., Any]
 def given(make_agent: Make) -> Make:
     """Function of a core: an agent with heads that are not 0, and sequences with an episode that begins in mid-way."""
 
-    def make(core: str = "gru") -> tuple[Agent, Sequences]:
-        agent = make_agent(REALS, core=core)
+    def make(core: str = "gru", *settings: str) -> tuple[Agent, Sequences]:
+        agent = make_agent(REALS, settings, core=core)
         for parameter in agent.parameters:
             parameter.data += 0.1 * torch.randn_like(parameter)
         rssm = agent.world_model.rssm
@@ -96,6 +96,17 @@ def test_what_comes_after_the_context_is_seen_by_nobody(given: Make) -> None:
         observation["place"][:, place] += 3
         after = predict(agent, sequences._replace(observation=observation), CONTEXT, generator()).model["place"]
         assert bool((after != before)[:, CONTEXT:].any()) == changes
+
+
+@pytest.mark.parametrize("core", ["gru", "ortho_mlstm", "mesa", "attention"])
+def test_numbers_are_in_fp32_where_products_are_in_bf16(given: Make, core: str) -> None:
+    agent, sequences = given(core, "precision=bf16")
+    found = predict(agent, sequences, CONTEXT, generator(), act=True)
+    assert found.model_reward.dtype == found.model["place"].dtype == torch.float32
+    rssm = agent.frozen_world_model.module.rssm
+    seen = rssm.core.inspect(torch.randn(T, rssm.input_size).bfloat16(), torch.arange(T) == 0)
+    assert all(part is None or (part.dtype == torch.float32 and part.isfinite().all()) for part in seen)
+    assert seen.weights is not None or seen.size is not None
 
 
 def test_sequences_are_cut_with_what_the_memory_held_before(given: Make) -> None:
