@@ -51,7 +51,7 @@ class OpenLoopPictures:
         given = replayed(agent, replay, index)
         context = min(CONTEXT, given.first.shape[1] - 1)
         predicted = predict(agent, given, context, torch.Generator().manual_seed(self._config.seed))
-        newest = index[1].max()
+        newest = int(index[1].max())
         titles = [
             f"environment {stream + 1}" + (f", {newest - start} steps before" if start < newest else "")
             for stream, start in index.T.tolist()
