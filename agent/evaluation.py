@@ -2,20 +2,22 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import gymnasium
 import numpy as np
 import torch
 
 from agent import checkpoint
 from agent import config as configuration
-from agent.agent import Agent
+from agent.agent import Agent, Carry
 from agent.environment import make_env
 from agent.errors import UserError
 from agent.training import choose_training_device, tensors
+from agent.video import check_video, write_video
+from agent.world_model.encoder import Observation
 from envs.errors import failing
 from envs.streams import Finished, Streams
 
@@ -109,14 +111,27 @@ def evaluate(
     }
 
 
-def check_video(file: Path) -> None:
-    """UserError if a video cannot be written to `file`, as far as this can be known beforehand."""
-    if file.suffix not in (".gif", ".mp4"):
-        raise UserError(f"--video {file}: give a file that ends in .gif or .mp4")
-    if file.is_dir() or not file.parent.is_dir():
-        raise UserError(f"--video {file}: give a file in a folder that exists")
-    if not find_spec("imageio"):
-        raise UserError("--video needs imageio: pip install 'imageio[ffmpeg]'")
+def play(agent: Agent, env: gymnasium.Env[Any, Any], seed: int = 0) -> Iterator[tuple[Observation, float, Carry]]:
+    """One episode with the most likely action of each step, up to its last observation.
+
+    Yields:
+        Each observation (1, ...), the reward for arriving there, and what the agent made of it.
+
+    Raises:
+        EnvironmentFailure: the environment failed.
+    """
+    torch.manual_seed(seed)
+    with failing(f"environment {agent.config.env.name!r}", "when it was played", name=agent.config.env.name):
+        carry, reward, over, first = agent.initial(1), 0.0, False, True
+        observation, _ = env.reset(seed=seed)
+        while True:
+            values = tensors({key: np.asarray(value)[None] for key, value in observation.items()})
+            action, carry = agent.act(values, torch.tensor([first]), carry, mode=True)
+            yield values, reward, carry
+            if over:
+                return
+            observation, gained, terminated, truncated, _ = env.step(action[0].cpu().numpy())
+            reward, over, first = float(gained), bool(terminated or truncated), False
 
 
 def record(agent: Agent, file: Path, seed: int = 0) -> float:
@@ -128,23 +143,12 @@ def record(agent: Agent, file: Path, seed: int = 0) -> float:
         UserError: the environment does not render, or this kind of file cannot be written.
     """
     check_video(file)
-    import imageio.v3 as imageio
-
     env = make_env(agent.config, render=True)
-    torch.manual_seed(seed)
-    carry, total, over, first = agent.initial(1), 0.0, False, True
-    with failing(f"environment {agent.config.env.name!r}", "when it was recorded", name=agent.config.env.name):
-        observation, _ = env.reset(seed=seed)
-        frames = [np.asarray(env.render())]
-        while not over:
-            values = tensors({key: np.asarray(value)[None] for key, value in observation.items()})
-            action, carry = agent.act(values, torch.tensor([first]), carry, mode=True)
-            observation, reward, terminated, truncated, _ = env.step(action[0].cpu().numpy())
-            total, over, first = total + float(reward), terminated or truncated, False
+    total, frames = 0.0, []
+    for _, reward, _ in play(agent, env, seed):
+        total += reward
+        with failing(f"environment {agent.config.env.name!r}", "when it was recorded", name=agent.config.env.name):
             frames.append(np.asarray(env.render()))
-        env.close()
-    try:
-        imageio.imwrite(file, np.stack(frames), fps=30)
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"--video {file}: {error}; use a .gif, or pip install 'imageio[ffmpeg]' for .mp4") from error
+    env.close()
+    write_video(file, np.stack(frames), fps=30)
     return total

@@ -53,6 +53,17 @@ class MetricsLogger:
                 for name, value in values.items():
                     self._events.add_scalar(name, value, step)
 
+    def image(self, step: int, name: str, encoded: bytes, size: tuple[int, int]) -> None:
+        """A picture for TensorBoard, if events are written: a PNG or GIF file of height and width `size`."""
+        if self._events is None:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        height, width = size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+        with writing(self._path):
+            self._events.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
     def position(self) -> int:
         """Length of metrics.jsonl in bytes, all of which is on disk; a checkpoint keeps it."""
         with writing(self._path):

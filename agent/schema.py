@@ -174,6 +174,7 @@ class Log:
 
     every: Count
     tensorboard: bool
+    open_loop_every: Count | None
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -27,6 +27,7 @@ from agent.ratio import Ratio
 from agent.replay import Replay, choose_device, storage_bytes
 from agent.replay_files import ReplayFiles
 from agent.schema import Config
+from agent.view.training import OpenLoopPictures
 from envs.errors import EnvironmentFailure
 from envs.streams import Row, Streams
 
@@ -194,6 +195,7 @@ class Run:
         logged_frames, logged_updates = self.frames, agent.updates
         log_rows = max(1, config.log.every // (config.env.amount * config.env.action_repeat))
         foretell = Foretelling(agent.updates)
+        show_open_loop = OpenLoopPictures(config, self.logger, self.line.note)
         while self.frames < config.steps and self.stop_signal is None:
             values = tensors(row)
             action, self.carry = agent.act(values, values["is_first"], self.carry)
@@ -214,6 +216,7 @@ class Run:
             self.line.update(self.frames, agent.updates)
             if told := foretell(agent.updates, planned_updates(config)):
                 self.line.note(told)
+            show_open_loop(agent, replay, self.frames)
             now = time.monotonic()
             if self.rows % log_rows == 0:
                 rates = {

@@ -30,7 +30,7 @@ def main() -> None:
     if not arguments.seed.isdecimal() or int(arguments.seed) >= 2**32:
         raise UserError(f"--seed {arguments.seed}: give a whole number from 0 to {2**32 - 1}")
     import agent
-    from agent.evaluation import check_video
+    from agent.video import check_video
 
     if arguments.video:
         check_video(arguments.video)

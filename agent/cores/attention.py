@@ -13,7 +13,7 @@ from pydantic import ConfigDict, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from agent.cores.core import RecurrentCore, State, register
+from agent.cores.core import Inspection, RecurrentCore, State, register
 from agent.networks import Linear, RMSNorm, initialize_
 
 LONGEST_WAVE = 10_000  # steps per radian of the slowest rotation
@@ -106,6 +106,21 @@ class AttentionWindow(RecurrentCore):
         history = {"keys": torch.stack(keys, 2), "values": torch.stack(values, 2), "taken": taken}
         return self.norm(stream), self._memory(history, episode, keep)
 
+    @torch.no_grad()
+    def inspect(self, x: Tensor, first: Tensor) -> Inspection:
+        """The attention of every head, by the steps that it goes to."""
+        weights: list[Tensor] = []
+        hooks = [
+            block.register_forward_pre_hook(lambda block, given: weights.append(block.weights(*given)))
+            for block in self.blocks
+        ]
+        try:
+            self.sequence(x.unsqueeze(0), self.initial(1), first.unsqueeze(0))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Inspection(weights=torch.cat(weights)[..., self.window - 1 :])
+
     def _seen(self, episode: Tensor, taken: Tensor) -> Tensor:
         """Which of S steps each of the T last ones sees: episode (B, S), taken (B, S) -> bool (B, T, S)."""
         places = torch.arange(episode.shape[1], device=episode.device)
@@ -161,11 +176,29 @@ class Block(nn.Module):
             rotation: of all S steps.
             dtype: of the matrix products.
         """
-        query, *new = self.queries_keys_values(self.attention_norm(stream).to(dtype)).chunk(3, -1)
-        key, value = (_append(old, more.to(old.dtype)) for old, more in zip(past, new, strict=True))
+        query, key, value = self._projected(stream, past, dtype)
         stream = stream + self.attention_out(self._attend(query, key, value, seen, rotation))
         gate, up = self.gate_up(self.feed_forward_norm(stream).to(dtype)).chunk(2, -1)
         return stream + self.down(F.silu(gate) * up), (key, value)
+
+    def weights(
+        self, stream: Tensor, past: tuple[Tensor, Tensor], seen: Tensor, rotation: Rotation, dtype: torch.dtype
+    ) -> Tensor:
+        """What each step attends to: the arguments of `forward` -> (B, heads, T, S), sums over S are 1."""
+        query, key, _ = self._projected(stream, past, dtype)
+        query, key = (rows.unflatten(-1, (self.heads, -1)) for rows in (query, key))
+        steps = query.shape[1]
+        query = _turn(query, (rotation[0][-steps:], rotation[1][-steps:])).transpose(1, 2)
+        scores = query @ _turn(key, rotation).permute(0, 2, 3, 1) * query.shape[-1] ** -0.5
+        return scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1)
+
+    def _projected(
+        self, stream: Tensor, past: tuple[Tensor, Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, D), and keys and values (B, S, D) behind those of the memory."""
+        query, *new = self.queries_keys_values(self.attention_norm(stream).to(dtype)).chunk(3, -1)
+        key, value = (_append(old, more.to(old.dtype)) for old, more in zip(past, new, strict=True))
+        return query, key, value
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, rotation: Rotation) -> Tensor:
         """Query (B, T, D), key and value (B, S, D), seen (B, T, S) -> what is read (B, T, D), in the query's dtype."""

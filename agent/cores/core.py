@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 State = dict[str, Tensor]
 """A core's memory: a flat dict of fp32 tensors (B, ...)."""
+
+
+class Inspection(NamedTuple):
+    """A memory over T steps, for a person to look at; what a core cannot tell is None.
+
+    N blocks with H heads each hold memories of their own. The answer to the read of step t is the sum over all writes
+    u <= t of a value times its weight.
+    """
+
+    weights: Tensor | None = None  # of write u in what step t reads (N, H, T, T), 0 for u > t
+    rank: Tensor | None = None  # effective rank of each matrix after each step (N, H, T)
+    size: Tensor | None = None  # norm of the whole state after each step (T,)
+    change: Tensor | None = None  # norm of its difference from the state before (T,)
 
 
 class RecurrentCore(nn.Module, ABC):
@@ -86,6 +99,20 @@ class RecurrentCore(nn.Module, ABC):
         Part of every update, so of static shapes and without host synchronisation.
         """
         return {}
+
+    @torch.no_grad()
+    def inspect(self, x: Tensor, first: Tensor) -> Inspection:
+        """What the memory does over T steps from an empty one: inputs x (T, X), first bool (T,). Not for training.
+
+        This is for a state that does not keep writes apart: its size, and how much each step changes it.
+        """
+        state, size, change = self.initial(1), [], []
+        for now, fresh in zip(x.unsqueeze(1), first.unsqueeze(1), strict=True):
+            before = _flat(clear(state, fresh))
+            _, state = self.step(now, state, fresh)
+            size.append(_flat(state).norm())
+            change.append((_flat(state) - before).norm())
+        return Inspection(size=torch.stack(size), change=torch.stack(change))
 
     def schedule(self, updates: int, metrics: Mapping[str, float]) -> bool:
         """Change with training: called whenever metrics are taken, with the number of updates so far.
@@ -203,6 +230,11 @@ def clear(state: State, first: Tensor) -> State:
         key: torch.where(first.view(-1, *[1] * (value.dim() - 1)), torch.zeros_like(value), value)
         for key, value in state.items()
     }
+
+
+def _flat(state: State) -> Tensor:
+    """All numbers of a memory."""
+    return torch.cat([value.flatten() for value in state.values()])
 
 
 def take(x: Tensor, dim: int, places: Sequence[int]) -> Tensor:

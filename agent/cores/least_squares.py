@@ -38,10 +38,16 @@ def with_keys(k: Tensor, v: Tensor) -> Tensor:
 
 def least_squares_read(q: Tensor, memory: Memory, ridge: Tensor, iterations: int) -> Tensor:
     """Read C' (G + lambda)^{-1} q for q (..., H, K), memory [C | G] (..., H, K, V + K), ridge (H,) -> (..., H, V)."""
+    C, _ = _parts(memory)
+    x = least_squares_query(q, memory, ridge, iterations).unsqueeze(-2)  # one row
+    return (x @ C).squeeze(-2).to(q.dtype)
+
+
+def least_squares_query(q: Tensor, memory: Memory, ridge: Tensor, iterations: int) -> Tensor:
+    """The x (..., H, K) with x'C = `least_squares_read` of the same arguments, in the dtype of C."""
     C, G = _parts(memory)
     strength = _strength(_trace(G), q.shape[-1], ridge)[..., None, None]
-    x = _solve(_as_key(q, C).unsqueeze(-2), strength, iterations, G)  # one row
-    return (x @ C).squeeze(-2).to(q.dtype)
+    return _solve(_as_key(q, C).unsqueeze(-2), strength, iterations, G).squeeze(-2)
 
 
 def least_squares_read_sequence(

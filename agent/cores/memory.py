@@ -83,9 +83,20 @@ def plain_read(q: Tensor, memory: Memory) -> Tensor:
     return (y / _normaliser(overlap, memory.m)[..., None]).to(q.dtype)
 
 
+def plain_query(q: Tensor, memory: Memory) -> Tensor:
+    """The x (..., H, K) with x'C = `plain_read` of q (..., H, K)."""
+    return q / _normaliser((q * memory.n).sum(-1), memory.m)[..., None]
+
+
 def matrix_read(q: Tensor, memory: Memory, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Read q' f(C / |C|) for q (..., H, K) -> (..., H, V), with f applied to the matrices (..., H, K, V), in fp32."""
     return _row(q.to(memory.C.dtype), function(unit(memory.C))).to(q.dtype)
+
+
+def matrix_query(q: Tensor, memory: Memory, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The x (..., H, K) with x'C = `matrix_read` of q (..., H, K), for f that only maps singular values."""
+    A = unit(memory.C)
+    return _row(_row(q, function(A)), torch.linalg.pinv(A)) * _inverse_norm(memory.C)[..., 0]
 
 
 def polynomial_read(q: Tensor, memory: Memory, coefficients: Tensor) -> Tensor:
@@ -94,9 +105,28 @@ def polynomial_read(q: Tensor, memory: Memory, coefficients: Tensor) -> Tensor:
     return _polynomial(q, coefficients, lambda x: _row(x, A), lambda y: _row(y, A.mT))
 
 
+def polynomial_query(q: Tensor, memory: Memory, coefficients: Tensor) -> Tensor:
+    """The x (B, H, K) with x'C = `polynomial_read` of q (B, H, K): what f makes of C is the same C, asked otherwise."""
+    A = unit(memory.C)
+    asked = _polynomial_query(q, coefficients, lambda x: _row(x, A), lambda y: _row(y, A.mT))
+    return asked * _inverse_norm(memory.C)[..., 0]
+
+
 def unit(C: Tensor) -> Tensor:
     """Matrices (..., K, V) divided by their Frobenius norms, which count as at least about NORM_FLOOR."""
-    return C * (C.square().sum((-2, -1), keepdim=True) + NORM_FLOOR**2).rsqrt()
+    return C * _inverse_norm(C)
+
+
+def _inverse_norm(C: Tensor) -> Tensor:
+    """One over the norms that `unit` divides by: (..., K, V) -> (..., 1, 1)."""
+    return (C.square().sum((-2, -1), keepdim=True) + NORM_FLOOR**2).rsqrt()
+
+
+def effective_rank(C: Tensor) -> Tensor:
+    """Participation ratio |C|^4 / |C'C|^2 of squared singular values, 1 to K; 0 where C is 0: (..., K, V) -> (...)."""
+    square, tiny = C.square().sum((-2, -1), keepdim=True), torch.finfo(C.dtype).tiny
+    A = C * square.clamp(min=tiny).rsqrt()
+    return torch.where(square[..., 0, 0] > tiny, (A.mT @ A).square().sum((-2, -1)).reciprocal(), 0.0)
 
 
 def _row(x: Tensor, matrix: Tensor) -> Tensor:
@@ -112,7 +142,14 @@ def _normaliser(overlap: Tensor, m: Tensor) -> Tensor:
 def _polynomial(
     q: Tensor, coefficients: Tensor, to_value: Callable[[Tensor], Tensor], to_key: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Read q' f(A) = sum_j c_j x_j' A with x_j = T_j(2 A A' - 1) q by the recurrence of T_j, in at least fp32.
+    """Read q' f(A) = x' A with the x of `_polynomial_query`; arguments as there."""
+    return to_value(_polynomial_query(q, coefficients, to_value, to_key).to(q.dtype))
+
+
+def _polynomial_query(
+    q: Tensor, coefficients: Tensor, to_value: Callable[[Tensor], Tensor], to_key: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The x = sum_j c_j T_j(2 A A' - 1) q, by the recurrence of T_j, in at least fp32.
 
     to_value is x -> x' A, (..., K) -> (..., V), and to_key is y -> A y, (..., V) -> (..., K); both in the dtype of q.
     """
@@ -130,7 +167,7 @@ def _polynomial(
         for weight in c[2:]:
             before, now = now, 2 * (2 * gram(now) - now) - before
             total = total + weight * now
-    return to_value(total.to(dtype))
+    return total
 
 
 # ---- T steps, one after the other ----------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from agent.cores.core import RecurrentCore, State, register, take
-from agent.cores.memory import Memory, empty, memories_at
+from agent.cores.core import Inspection, RecurrentCore, State, register, take
+from agent.cores.inspection import look
+from agent.cores.memory import Memory, effective_rank, empty, memories_at
 from agent.cores.reads import PlainRead, Read
 from agent.networks import RMS_EPS, BlockLinear, Linear, RMSNorm, initialize_
 
@@ -206,12 +207,27 @@ class MLSTM(RecurrentCore):
             memory, _ = _unpack(index, state)
             C = memory.C[..., : self.config.head_dim]  # without what else a read has written
             square = C.square().sum((-2, -1)).clamp(min=torch.finfo(C.dtype).tiny)
-            A = C * square.rsqrt()[..., None, None]
             gates = block.get_buffer("gate_means").clone()
             numbers[f"log_input_gate_{index}"], numbers[f"forget_gate_{index}"] = gates.unbind()
             numbers[f"log_norm_{index}"] = (square.log() / 2 + memory.m).mean()
-            numbers[f"effective_rank_{index}"] = (A.mT @ A).square().sum((-2, -1)).reciprocal().mean()
+            numbers[f"effective_rank_{index}"] = effective_rank(C).mean()
         return numbers
+
+    @torch.no_grad()
+    def inspect(self, x: Tensor, first: Tensor) -> Inspection:
+        """The weights of all writes in what each step reads, and the ranks of what is written."""
+        looks: list[tuple[Tensor, Tensor]] = []
+
+        def cell(
+            q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
+        ) -> tuple[Tensor, Memory]:
+            written = self.reader.written(k, v)
+            looks.append(look(self.reader, q, k, written, log_input, log_forget, first, v.shape[-1]))
+            return self.reader.sequence(q, k, written, log_input, log_forget, first, memory)
+
+        self._run(x.unsqueeze(0), self.initial(1), first.unsqueeze(0), cell, None)
+        weights, rank = (torch.cat(parts) for parts in zip(*looks, strict=True))
+        return Inspection(weights=weights, rank=rank)
 
     def schedule(self, updates: int, metrics: Mapping[str, float]) -> bool:
         """Let the read change with training; whether another path through the code is taken from now on."""

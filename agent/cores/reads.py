@@ -15,14 +15,22 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from agent.cores import kernels
-from agent.cores.least_squares import least_squares_read, least_squares_read_sequence, with_keys
+from agent.cores.least_squares import (
+    least_squares_query,
+    least_squares_read,
+    least_squares_read_sequence,
+    with_keys,
+)
 from agent.cores.maps import chebyshev_fit, make_map, on_matrices
 from agent.cores.memory import (
     Memory,
+    matrix_query,
     matrix_read,
     matrix_read_sequence,
+    plain_query,
     plain_read,
     plain_read_sequence,
+    polynomial_query,
     polynomial_read,
     write,
 )
@@ -44,6 +52,10 @@ class Read(nn.Module, ABC):
     @abstractmethod
     def read(self, q: Tensor, memory: Memory) -> Tensor:
         """Ask a memory (B, H, ...) with q (B, H, K) -> (B, H, V)."""
+
+    @abstractmethod
+    def effective_query(self, q: Tensor, memory: Memory) -> Tensor:
+        """The x (B, H, K) with which what q (B, H, K) reads from a memory (B, H, ...) is x'C; in fp32, as is q."""
 
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
@@ -68,6 +80,9 @@ class PlainRead(Read):
 
     def read(self, q: Tensor, memory: Memory) -> Tensor:  # noqa: D102
         return plain_read(q, memory)
+
+    def effective_query(self, q: Tensor, memory: Memory) -> Tensor:  # noqa: D102
+        return plain_query(q, memory)
 
     def step(  # noqa: D102
         self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
@@ -167,6 +182,13 @@ class OrthoRead(Read):
             return matrix_read(q, memory, self._mixed)
         return polynomial_read(q, memory, self.coefficients)
 
+    def effective_query(self, q: Tensor, memory: Memory) -> Tensor:  # noqa: D102
+        if self.plain:
+            return plain_query(q, memory)
+        if self.fit is None:
+            return matrix_query(q, memory, self._mixed)
+        return polynomial_query(q, memory, self.coefficients.to(q.dtype))
+
     def step(  # noqa: D102
         self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
     ) -> tuple[Tensor, Memory]:
@@ -241,6 +263,9 @@ class LeastSquaresRead(Read):
 
     def read(self, q: Tensor, memory: Memory) -> Tensor:  # noqa: D102
         return least_squares_read(q, memory, self.ridges(), self.config.iterations)
+
+    def effective_query(self, q: Tensor, memory: Memory) -> Tensor:  # noqa: D102
+        return least_squares_query(q, memory, self.ridges(), self.config.iterations)
 
     def sequence(  # noqa: D102
         self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory

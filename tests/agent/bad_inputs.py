@@ -179,10 +179,25 @@ EVALUATE = [
     Bad("evaluate_agent", DIR, ("step_", "damaged"), {"{run}/checkpoints/step_*.pt": b"\x80\x04 nothing"}),
     Bad("evaluate_agent", DIR, ("config.yaml", "core.name", "grru"), {"{run}/config.yaml": "core: {name: grru}"}),
     Bad(
-        "evaluate_agent", f"{DIR} --video {{here}}/a.gif", ("--video", "pip install"), hidden=("imageio", "imageio.v3")
+        "evaluate_agent", f"{DIR} --video {{here}}/a.mp4", ("--video", "pip install"), hidden=("imageio", "imageio.v3")
     ),
     Bad("evaluate_agent", f"{DIR} --video {{here}}/none/a.gif", ("--video", "none/a.gif")),
     Bad("evaluate_agent", f"{DIR} --video {{here}}/a.txt", ("--video", "a.txt", ".gif")),
+]
+
+VIEW = [
+    Bad("view_agent", "", ("--logdir is missing",)),
+    Bad("view_agent", "--logdir {here}", ("holds no run",)),
+    Bad("view_agent", f"{DIR} --show open_lop", ("--show open_lop", "open_loop")),
+    Bad("view_agent", f"{DIR} --context 0", ("--context 0", "1 or more")),
+    Bad("view_agent", f"{DIR} --length 5", ("--length 5", "--context")),
+    Bad("view_agent", f"{DIR} --steps 10", ("--steps 10", "--length")),
+    Bad("view_agent", f"{DIR} --context 60", ("--context 60", "33 steps")),
+    Bad("view_agent", f"{DIR} --format avi", ("--format avi", ".gif")),
+    Bad("view_agent", f"{DIR} --format mp4", ("--format mp4", "pip install"), hidden=("imageio", "imageio.v3")),
+    Bad("view_agent", DIR, ("matplotlib", "pip install"), hidden=("matplotlib", "matplotlib.figure")),
+    Bad("view_agent", f"{DIR} --out /proc/view", ("/proc/view", "cannot be written")),
+    Bad("view_agent", f"{DIR} --seed -1", ("--seed -1",)),
 ]
 
 PROBE = "--quick --device cpu --out {here}/out"
@@ -287,4 +302,4 @@ PLOTS = [
     Bad("fault_test", "--kils 3", ("--kils", "--kills")),
 ]
 
-TABLE = [*TRAIN, *EVALUATE, *PROBES, *BENCHMARKS, *PLOTS]
+TABLE = [*TRAIN, *EVALUATE, *VIEW, *PROBES, *BENCHMARKS, *PLOTS]

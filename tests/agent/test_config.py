@@ -355,6 +355,7 @@ def test_what_may_change_on_resume():
         "deterministic",
         "log.every",
         "log.tensorboard",
+        "log.open_loop_every",
         "checkpoint.minutes",
         "checkpoint.keep",
         "train.max_skipped",

@@ -11,7 +11,7 @@ import pytest
 from agent.config import CONFIGS
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train-agent", "evaluate-agent", "probe-memory", "evaluate-memory")
+COMMANDS = ("train-agent", "evaluate-agent", "view-agent", "probe-memory", "evaluate-memory")
 
 
 def pip(*words: str) -> None:
