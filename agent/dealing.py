@@ -22,36 +22,22 @@ def deal(states: Sequence[Mapping[str, Any]], wanted: range) -> dict[str, Any]:
     """`carry` and `streams` of the environments `wanted`, from those that all ranks saved."""
     amounts = [len(state["streams"]["episodes"]) for state in states]
     carries = [state["carry"] for state in states]
+    latest = deal_tensors([{key: carry[key] for key in ("z", "action")} for carry in carries], amounts, wanted)
+    memory = deal_tensors([carry["state"] for carry in carries], amounts, wanted)
     return {
-        "carry": {
-            "state": deal_tensors([carry["state"] for carry in carries], amounts, wanted),
-            **deal_tensors([{key: carry[key] for key in ("z", "action")} for carry in carries], amounts, wanted),
-        },
-        "streams": _deal_streams([state["streams"] for state in states], amounts, wanted),
+        "carry": {"state": memory, **latest},
+        "streams": _deal_streams([state["streams"] for state in states], wanted),
     }
 
 
-def _deal_streams(states: list[dict[str, Any]], amounts: list[int], wanted: range) -> dict[str, Any]:
-    """What `Streams.state_dict` gave; episodes of a rank that had lost them are lost, and no others."""
-    known = [state["row"] for state in states if state["row"] is not None]
-    rows, dealt = [], {}
-    for state, amount in zip(states, amounts, strict=True):
-        lost = (
-            {key: torch.zeros(amount, *value.shape[1:], dtype=value.dtype) for key, value in known[0].items()}
-            if known
-            else {}
-        )
-        rows.append(lost if state["row"] is None else state["row"])
-    actions = [
-        [None] * amount if state["row"] is None else state["actions"]
-        for state, amount in zip(states, amounts, strict=True)
-    ]
-    for key in ("episodes", "returns", "lengths"):
-        dealt[key] = [value for state in states for value in state[key]][wanted.start : wanted.stop]
-    return dealt | {
-        "row": deal_tensors(rows, amounts, wanted) if known else None,
-        "actions": [value for each in actions for value in each][wanted.start : wanted.stop],
-        "restarts": max(state["restarts"] for state in states),
+def _deal_streams(states: Sequence[Mapping[str, Any]], wanted: range) -> dict[str, Any]:
+    """What `Streams.state_dict` gave; where one rank had lost its episodes, as after a failure, all are cut."""
+    lists = ("episodes", "returns", "lengths", "actions")
+    joined = {key: [value for state in states for value in state[key]] for key in lists}
+    rows, amounts = [state["row"] for state in states], [len(state["episodes"]) for state in states]
+    return {key: values[wanted.start : wanted.stop] for key, values in joined.items()} | {
+        "row": None if any(row is None for row in rows) else deal_tensors(rows, amounts, wanted),
+        "restarts": max(state.get("restarts", 0) for state in states),
     }
 
 
@@ -61,11 +47,12 @@ def deal_replay(states: Sequence[Mapping[str, Any]], wanted: range, seed: int) -
     queue, discarded, before = [], [], 0
     for state, amount in zip(states, amounts, strict=True):
         queue += [(before + stream - wanted.start, start) for stream, start in state["queue"]]
-        discarded += [(before + stream - wanted.start, *span) for stream, *span in state["discarded"]]
+        discarded += [(before + stream - wanted.start, *span) for stream, *span in state.get("discarded", [])]
         before += amount
     here = range(len(wanted))
     return {
-        **{key: states[0][key] for key in ("stride", "oldest", "next", "begin")},
+        **{key: states[0][key] for key in ("oldest", "next", "begin")},
+        "stride": states[0].get("stride", 1),
         "tensors": deal_tensors([state["tensors"] for state in states], amounts, wanted),
         "streams": len(wanted),
         "queue": sorted((entry for entry in queue if entry[0] in here), key=lambda entry: (entry[1], entry[0])),

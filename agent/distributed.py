@@ -109,7 +109,7 @@ class Ranks:
         """The highest of each number over all ranks."""
         if self.size == 1:
             return list(numbers)
-        held = torch.tensor(numbers)
+        held = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(held, dist.ReduceOp.MAX)
         return held.tolist()
 
@@ -120,6 +120,10 @@ class Ranks:
         things: list[Shared] = [thing] * self.size
         dist.all_gather_object(things, thing)
         return things
+
+    def wait(self) -> None:
+        """Until all ranks have come here."""
+        self.gather(None)
 
     # ---- the end ----------------------------------------------------------------------------------------------
 
@@ -145,8 +149,8 @@ class Ranks:
                 elif dead := self._without_life():
                     which = "rank " + " and rank ".join(map(str, dead))
                     self._tell(
-                        f"{which} of {self.size} died without a word (killed, or out of memory); the newest checkpoint"
-                        " is sound, and the same command goes on from it"
+                        f"{which} of {self.size} died without a word (killed, or out of memory); the same command"
+                        " goes on from the newest checkpoint"
                     )
                 else:
                     raise

@@ -9,16 +9,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from agent import checkpoint
 from agent import logdir as logdirs
 from agent.agent import Agent, Carry
+from agent.arrays import as_arrays, as_tensors, tensors
 from agent.dealing import deal, parts
 from agent.distributed import Ranks, meeting
 from agent.errors import UserError
@@ -30,6 +29,7 @@ from agent.ratio import Ratio
 from agent.replay import Replay, choose_device, storage_bytes
 from agent.replay_files import ReplayFiles
 from agent.schema import Config
+from agent.stopping import SignalsHeld
 from envs.errors import EnvironmentFailure
 from envs.streams import Row, Streams
 
@@ -149,6 +149,7 @@ class Run:
             if saved:
                 self._restore(saved)
             self._open(found)
+            self.ranks.wait()  # for the folder
             self._introduce(found)
             row = self._first_row(found)
             self._discard_broken()
@@ -350,7 +351,7 @@ class Run:
                 path = checkpoint.save(directory, self.frames, state, self.config.checkpoint.keep)
                 if is_best:
                     checkpoint.keep_as_best(path)
-            self.ranks.gather(None)  # nobody goes on, or ends, before the checkpoint is whole
+            self.ranks.wait()  # nobody goes on, or ends, before the checkpoint is whole
             self.saved_frames = self.frames
         finally:  # a full disk gets back what was written in vain
             if self.ranks.leads:
@@ -371,13 +372,8 @@ class Run:
     def _own_state(self) -> dict[str, Any]:
         """What each rank has its own of, on the CPU; see `agent.dealing`."""
         assert self.streams is not None
-        state, z, action = self.carry
         return {
-            "carry": {
-                "state": {key: value.cpu() for key, value in state.items()},
-                "z": z.cpu(),
-                "action": action.cpu(),
-            },
+            "carry": as_tensors(self.carry._asdict()),
             "streams": as_tensors(self.streams.state_dict()),
             "replay": self.replay_files.write(self.replay, self.frames),
             "random": random_state(),
@@ -440,50 +436,6 @@ class Run:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.line.note(f"first update {time.monotonic() - self.started:.1f} s after the start")
-
-
-class SignalsHeld:
-    """While it is open, SIGINT and SIGTERM ask the run to stop after its present step; a second one ends it at once."""
-
-    def __init__(self, run: Run):
-        self.run = run
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self._ask)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.run.stop_signal = number
-        self.run.line.note(f"{signal.Signals(number).name}: saving after this step; again to stop at once")
-        signal.signal(number, self.before[number])
-
-
-def tensors(row: Row) -> dict[str, Tensor]:
-    """A row of the environments as tensors (N, ...) that share its memory."""
-    return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in row.items()}
-
-
-def as_tensors(value: Any) -> Any:
-    """Arrays within lists and dicts as tensors, which a checkpoint may hold."""
-    if isinstance(value, dict):
-        return {key: as_tensors(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [as_tensors(entry) for entry in value]
-    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-
-
-def as_arrays(value: Any) -> Any:
-    """Tensors within lists and dicts as arrays of their own."""
-    if isinstance(value, dict):
-        return {key: as_arrays(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [as_arrays(entry) for entry in value]
-    return value.numpy().copy() if isinstance(value, Tensor) else value
 
 
 def platform(device: torch.device) -> dict[str, str]:
