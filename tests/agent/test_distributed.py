@@ -56,7 +56,10 @@ def saved(logdir: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("core", two_ranks.ACTIONS)
 def test_an_update_of_two_ranks_is_that_of_the_joint_batch(core: str, both: tuple[Path, str]) -> None:
-    """Weights, slow critic, both of the optimizer's averages, normaliser, latents and metrics, after three updates."""
+    """Weights, slow critic, both of the optimizer's averages, normaliser, latents and metrics, after three updates.
+
+    Returns are of the order of 1e5 here, from bins of up to 5e8: the critic's gradients keep four digits of theirs.
+    """
     expected = two_ranks.results(*two_ranks.learn(core, ALONE))
     ours = flat(expected["agent"])
     assert expected["agent"]["normalizer"]["high"] - expected["agent"]["normalizer"]["low"] > 10  # it divides
@@ -65,8 +68,9 @@ def test_an_update_of_two_ranks_is_that_of_the_joint_batch(core: str, both: tupl
         assert ours.keys() == theirs.keys() and len(ours) > 100
         for key in ours:
             largest = float(ours[key].abs().max()) if ours[key].is_floating_point() else 0.0
+            close = (3e-4 if key.startswith("/optimizer") else 1e-5) * largest
             if not key.startswith("/means/"):
-                torch.testing.assert_close(theirs[key], ours[key], rtol=0, atol=1e-5 * largest, msg=f"{rank} {key}")
+                torch.testing.assert_close(theirs[key], ours[key], rtol=0, atol=close, msg=f"{rank} {key}")
         for key, latents in result[core]["latents"].items():
             torch.testing.assert_close(latents[0], expected["latents"][key][rank], rtol=1e-5, atol=1e-5)
         assert result[core]["metrics"].keys() == expected["metrics"].keys()
@@ -220,9 +224,9 @@ def test_replay_is_dealt_out_to_other_ranks_and_back(tmp_path: Path, monkeypatch
     monkeypatch.setattr(replay_files, "CHUNK", 10)
     agent = two_ranks.make_agent("gru", ALONE)
     joint = two_ranks.joint_replay(agent)
-    joint.discard(1, 4)
+    joint.discard(1, 6)
     expected = {key: value for key, value in joint.state_dict().items() if key != "random"}
-    assert len(expected["queue"]) == 7  # the last window of stream 1 has discarded rows
+    assert len(expected["queue"]) == 7  # without the last window of stream 1
     needed = [ReplayFiles(tmp_path / "one").write(joint, 0)]
     halves = [two_ranks.make_replay(agent, 1) for _ in range(2)]
     for rank, half in enumerate(halves):
@@ -235,7 +239,7 @@ def test_replay_is_dealt_out_to_other_ranks_and_back(tmp_path: Path, monkeypatch
     again = two_ranks.make_replay(agent, 2)
     ReplayFiles(tmp_path / "one").load_dealt(needed[1:], again, 0, seed=5)
     assert_same({key: value for key, value in again.state_dict().items() if key != "random"}, expected)
-    assert halves[1].state_dict()["discarded"] == [(0, 36, 40)] and halves[0].state_dict()["discarded"] == []
+    assert halves[1].state_dict()["discarded"] == [(0, 34, 40)] and halves[0].state_dict()["discarded"] == []
     draws = [half.sample(32)[1] for half in halves]
     assert not torch.equal(*draws)
 
