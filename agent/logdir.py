@@ -44,9 +44,11 @@ def identity(config: Config) -> dict[str, Any]:
 def is_of_a_run(state: dict[str, Any]) -> bool:
     """Whether this looks like what a training run saves."""
     try:
-        files = [name for part in parts(state) for name in names(part["replay"])]
-        return isinstance(state["run"], dict) and all(isinstance(name, str) for name in files)
-    except (KeyError, TypeError):
+        replays = [part["replay"] for part in parts(state)]
+        if not isinstance(state["run"], dict) or not all(isinstance(replay, dict) for replay in replays):
+            return False
+        return all(isinstance(name, str) for replay in replays for name in names(replay))
+    except (KeyError, TypeError, IndexError):  # the last one of a tensor that is asked for an entry
         return False
 
 
