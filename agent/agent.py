@@ -17,6 +17,7 @@ from agent.behavior import (
 from agent.capture import Captured, Tensors
 from agent.compiler import as_it_is, compiled
 from agent.cores import State
+from agent.distributed import ALONE, Ranks
 from agent.distributions import one_hot
 from agent.errors import UserError
 from agent.finite import Watch, restore
@@ -55,6 +56,7 @@ class Agent:
         action: its action space.
         config: the resolved configuration; `compile` and `precision` may still be `auto`.
         device: where everything lives.
+        ranks: those that learn together, from the mean of their gradients; all begin with the first one's weights.
 
     Raises:
         UserError: a space is not supported, or `config` asks for what this device or these spaces cannot do.
@@ -63,10 +65,11 @@ class Agent:
     """
 
     def __init__(
-        self, observations: spaces.Space[Any], action: spaces.Space[Any], config: Config, device: torch.device
-    ):
+        self, observations: spaces.Space[Any], action: spaces.Space[Any], config: Config, device: torch.device,
+        ranks: Ranks = ALONE,
+    ):  # fmt: skip
         assert isinstance(observations, spaces.Dict), "envs.make gives dict observations"
-        self.config, self.device = config, device
+        self.config, self.device, self.ranks = config, device, ranks
         given = {key: from_gymnasium(space, key) for key, space in sorted(observations.items())}
         self.action = action_from_gymnasium(action)
         on_gpu = device.type == "cuda"
@@ -79,7 +82,9 @@ class Agent:
         self.world_model = WorldModel(given, self.action, config).to(device)
         self.observations = self.world_model.observations
         self.behavior = Behavior(self.world_model.rssm.feature_size, self.action, config).to(device)
-        self.normalizer = ReturnNormalizer(config.behavior).to(device)
+        self.normalizer = ReturnNormalizer(config.behavior, ranks).to(device)
+        ranks.spread(self.world_model)
+        ranks.spread(self.behavior)
         modelled, behaving = list(self.world_model.parameters()), list(self.behavior.parameters())
         self.parameters = [*modelled, *behaving]
         of_core = {id(parameter) for parameter in self.world_model.rssm.core.parameters()}
@@ -102,8 +107,8 @@ class Agent:
         ).to(device).requires_grad_(False)  # fmt: skip
         self.slow_critic.load_state_dict(self.behavior.critic.state_dict())
 
-        self.watch = Watch(device)
-        self._means = Means(device)
+        self.watch = Watch(device, ranks)
+        self.means = Means(device, ranks)
         self._captures = on_gpu and self.mode != "eager"
         self._replay: Replay | None = None
         self.updates = 0
@@ -240,14 +245,14 @@ class Agent:
         assert self._update is not None, "attach a replay first"
         metrics = self._update({"index": index})
         self.updates += 1
-        self._means.add({name: number for name, number in metrics.items() if name != "finite"}, metrics["finite"])
+        self.means.add({name: number for name, number in metrics.items() if name != "finite"}, metrics["finite"])
 
     def take_metrics(self) -> dict[str, float]:
         """Means of what the updates since the last call reported; waits for the device. Empty if there were none.
 
         `skipped_updates` says how many of them changed nothing, as a number in them was not finite.
         """
-        return self._means.take()
+        return self.means.take()
 
     def schedule(self, metrics: Mapping[str, float]) -> None:
         """Let the core change with training, given the metrics just taken; what was captured is dropped if need be."""
@@ -275,7 +280,8 @@ class Agent:
         total, latents, metrics = self._evaluate(batch, posterior, feature, action)
         gradients = torch.autograd.grad(total, self.parameters)
         fine = self._all_finite(rows, context, posterior.latent.state, _part(metrics, "loss"), gradients)
-        metrics |= self._optimize(list(gradients), fine)
+        # What each rank found in its own gradients is known by now: their mean would not say whose they were.
+        metrics |= self._optimize(self.ranks.mean(list(gradients)), fine)
         restore(list(self.normalizer.buffers()), scale_before, fine)
         return latents, metrics | {"finite": fine}
 
@@ -412,7 +418,7 @@ class Agent:
         """Everything that learning changes."""
         modules = {name: module.state_dict() for name, module in self._modules().items()}
         return modules | {
-            "optimizer": self.optimizer.state_dict(), "updates": self.updates, "means": self._means.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "updates": self.updates, "means": self.means.state_dict(),
             "skipped_in_a_row": self.watch.in_a_row,
         }  # fmt: skip
 
@@ -424,7 +430,7 @@ class Agent:
         self.updates = state["updates"]
         self._prepare()  # what a core derives from its buffers may have changed
         self._refresh()
-        self._means.load_state_dict(state["means"])
+        self.means.load_state_dict(state["means"])
         self.watch.in_a_row.copy_(state["skipped_in_a_row"])
 
     def _modules(self) -> dict[str, torch.nn.Module]:

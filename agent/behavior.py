@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from agent import schema
+from agent.distributed import ALONE, Ranks
 from agent.distributions import CategoricalPolicy, HybridPolicy, NormalPolicy, Policy
 from agent.networks import MLP, Linear
 from agent.spaces import Action, Categories, Hybrid, Vector
@@ -91,14 +92,16 @@ def _suffix_sums(x: Tensor, decay: Tensor) -> Tensor:
 class ReturnNormalizer(nn.Module):
     """Divides advantages by the range of returns, never by less than 1: small returns are left small.
 
-    The range is between two percentiles, each an exponential moving average without bias correction.
+    The range is between two percentiles, each an exponential moving average without bias correction. The returns are
+    those of all ranks.
     """
 
     low: Tensor
     high: Tensor
 
-    def __init__(self, config: schema.Behavior):
+    def __init__(self, config: schema.Behavior, ranks: Ranks = ALONE):
         super().__init__()
+        self.ranks = ranks
         self.rate, self.percentiles = config.return_rate, (config.return_low, config.return_high)
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
@@ -106,7 +109,7 @@ class ReturnNormalizer(nn.Module):
     @torch.no_grad()
     def update(self, returns: Tensor) -> Tensor:
         """Take in returns of any shape; gives the scale to divide by, a number of at least 1."""
-        ordered = returns.flatten().sort().values
+        ordered = self.ranks.joined(returns.flatten()).sort().values
         for average, percentile in zip((self.low, self.high), self.percentiles, strict=True):
             place = percentile / 100 * (ordered.shape[0] - 1)
             below = int(place)

@@ -40,7 +40,9 @@ class Captured:
             if self.graph is None:
                 self.outputs = {}
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, stream=self.stream):
+                # With several ranks another thread, NCCL's, watches over what ran before.
+                mode = "thread_local" if torch.distributed.is_initialized() else "global"
+                with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode=mode):
                     self.outputs = self.function(self.inputs)
             self.graph.replay()
         self.calls += 1

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import functools
+import os
 import re
 import sys
 import textwrap
@@ -124,10 +125,14 @@ def command(main: Callable[[], None]) -> Callable[[], NoReturn]:
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a script's `main` and exit: with status 0, or 2 and a message on stderr for a user's mistake."""
+    """Run a script's `main` and exit: with status 0, or 2 and a message on stderr for a user's mistake.
+
+    Where torchrun starts several of it on a machine, all make the same mistake, and the first one tells.
+    """
     try:
         main()
     except (UserError, EnvError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

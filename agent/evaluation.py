@@ -13,9 +13,10 @@ import torch
 from agent import checkpoint
 from agent import config as configuration
 from agent.agent import Agent, Carry
+from agent.arrays import tensors
 from agent.environment import make_env
 from agent.errors import UserError
-from agent.training import choose_training_device, tensors
+from agent.training import choose_training_device
 from agent.video import check_video, write_video
 from agent.world_model.encoder import Observation
 from envs.errors import failing

@@ -5,13 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from agent.distributed import ALONE, Ranks
+
 Tensors = dict[str, Tensor]
 
 
 class Found(NamedTuple):
     """What went wrong since the last look."""
 
-    names: list[str]  # of the tensors, those that were not finite most often first
+    names: list[str]  # of the tensors, those that were not finite most often first; of this rank, perhaps none
     batch: Tensors  # the first batch in which something was not finite, on the CPU
     most_in_a_row: int  # updates that were skipped one after the other
 
@@ -21,10 +23,11 @@ class Watch:
 
     Of each tensor the largest size is taken, which is NaN or infinite if any of its numbers is. What is found is
     counted on the device until `look` asks for it. After the first update nothing is allocated that lasts, so that
-    updates can be captured.
+    updates can be captured. If something is wrong on one rank, the update is wrong on all.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, ranks: Ranks = ALONE):
+        self._ranks = ranks
         self.names: list[str] = []
         self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._most_in_a_row = torch.zeros_like(self.in_a_row)
@@ -33,7 +36,7 @@ class Watch:
 
     @torch.no_grad()
     def check(self, tensors: Tensors, batch: Tensors) -> Tensor:
-        """Whether all of these are finite, bool ().
+        """Whether all of these are finite, on all ranks, bool ().
 
         Args:
             tensors: by the name they are called in messages; the same names at every call, of floating point.
@@ -41,7 +44,7 @@ class Watch:
         """
         sizes = torch.stack([size.float() for size in torch._foreach_norm(list(tensors.values()), float("inf"))])
         finite = sizes.isfinite()
-        fine = finite.all()
+        fine = self._ranks.all(finite.all())
         if not self.names:
             self.names = list(tensors)
             self._counts = self._counts.new_zeros(len(tensors))

@@ -5,7 +5,7 @@ from pathlib import Path
 from agent import checkpoint
 from agent.agent import Agent, Carry
 from agent.errors import UserError, writing
-from agent.finite import first_not_finite
+from agent.finite import Found, first_not_finite
 from envs.streams import Broken
 
 KEPT = 3
@@ -48,18 +48,29 @@ class Incidents:
         found = agent.watch.look()
         if found is None:
             return None
-        more = f" and {len(found.names) - NAMED} more" if len(found.names) > NAMED else ""
-        named = ", ".join(found.names[:NAMED]) + more
+        own = self._named(found, agent, frames) if found.names else ("", "")
+        named, kept = (", ".join(filter(None, texts)) for texts in zip(*agent.ranks.gather(own), strict=True))
         text = f"not finite at {frames} frames: {named}; {found.most_in_a_row} updates in a row were skipped"
-        if len(list(self.directory.glob("*.pt"))) < KEPT:
-            state = {"names": found.names, "frames": frames, "updates": agent.updates, "batch": found.batch}
-            text += f"; the first batch is in {checkpoint.write(self.directory / f'step_{frames:012d}', state)}"
+        if kept:
+            text += f"; the first batch is in {kept}"
         if found.most_in_a_row >= self.most:
             raise UserError(
                 f"{text}; that is train.max_skipped, so the run stops: the newest checkpoint is sound, a lower"
                 " optimizer.lr may learn on in another --logdir"
             )
         return text
+
+    def _named(self, found: Found, agent: Agent, frames: int) -> tuple[str, str]:
+        """What was not finite on this rank, in words, and the file that its batch is in, if it is kept."""
+        named, stem = ", ".join(found.names[:NAMED]), f"step_{frames:012d}"
+        if len(found.names) > NAMED:
+            named += f" and {len(found.names) - NAMED} more"
+        if agent.ranks.size > 1:
+            named, stem = f"{named} of rank {agent.ranks.rank}", f"{stem}_rank{agent.ranks.rank}"
+        if len(list(self.directory.glob("*.pt"))) >= KEPT:
+            return named, ""
+        state = {"names": found.names, "frames": frames, "updates": agent.updates, "batch": found.batch}
+        return named, str(checkpoint.write(self.directory / stem, state))
 
 
 def tell_broken(broken: Broken, frames: int, logdir: Path) -> str:

@@ -43,6 +43,7 @@ def introduce(config: Config, logdir: Path, agent: Agent, replay: Replay, note: 
     lines = [
         f"run         {logdir}: {env.name}, core {config.core.name}, size {config.size}, seed {config.seed}",
         f"device      {device}, matrix products in {precision}, update {agent.mode}",
+        *_about_ranks(config, agent),
         f"parameters  {sum(counts.values()):,}: {parts}",
         f"core        {_about_core(config, agent)}",
         f"replay      {_about_replay(agent, replay)}",
@@ -51,6 +52,16 @@ def introduce(config: Config, logdir: Path, agent: Agent, replay: Replay, note: 
         f"of {train.batch_size} x {train.batch_length} steps, the first after {first:,} frames",
     ]
     return lines if note is None else [*lines, f"environment {note}"]
+
+
+def _about_ranks(config: Config, agent: Agent) -> list[str]:
+    ranks = agent.ranks.size
+    if ranks == 1:
+        return []
+    return [
+        f"ranks       {ranks}, each with {config.env.amount // ranks} of the environments, its own replay as below, and"
+        f" {config.train.batch_size // ranks} sequences of every batch"
+    ]
 
 
 def _about_core(config: Config, agent: Agent) -> str:
@@ -81,7 +92,8 @@ def checkpoint_bytes(keep: int, agent: Agent, replay: Replay) -> int:
     slow = sum(parameter.nbytes for parameter in agent.slow_critic.parameters())
     rows = replay.nbytes - replay.latent_nbytes
     of_chunk = rows * CHUNK // replay.length
-    return (keep + 2) * (3 * learned + slow) + (keep + 1) * (replay.latent_nbytes + of_chunk) + rows + of_chunk
+    of_rank = (keep + 1) * (replay.latent_nbytes + of_chunk) + rows + of_chunk
+    return (keep + 2) * (3 * learned + slow) + agent.ranks.size * of_rank
 
 
 def _about_limits(config: Config, logdir: Path, agent: Agent, replay: Replay) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from agent import checkpoint
 from agent import config as configuration
+from agent.dealing import parts
 from agent.errors import UserError
 from agent.replay_files import ReplayFiles, names
 from agent.schema import Config
@@ -43,8 +44,11 @@ def identity(config: Config) -> dict[str, Any]:
 def is_of_a_run(state: dict[str, Any]) -> bool:
     """Whether this looks like what a training run saves."""
     try:
-        return isinstance(state["run"], dict) and all(isinstance(name, str) for name in names(state["replay"]))
-    except (KeyError, TypeError):
+        replays = [part["replay"] for part in parts(state)]
+        if not isinstance(state["run"], dict) or not all(isinstance(replay, dict) for replay in replays):
+            return False
+        return all(isinstance(name, str) for replay in replays for name in names(replay))
+    except (KeyError, TypeError, IndexError):  # the last one of a tensor that is asked for an entry
         return False
 
 
@@ -71,7 +75,8 @@ def find_checkpoint(config: Config, logdir: Path, notify: Callable[[str], None])
                     f"{logdir}: a checkpoint of another run lies here, with {key}={theirs.get(key)} and not"
                     f" {ours.get(key)}; remove it"
                 )
-        files.verify(state["replay"])
+        for part in parts(state):
+            files.verify(part["replay"])
 
     return checkpoint.recover(logdir / "checkpoints", notify, check_state)
 

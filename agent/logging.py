@@ -82,6 +82,26 @@ class MetricsLogger:
             self._events.close()
 
 
+class NoLogger(MetricsLogger):
+    """That of a rank which leaves logging to the first one."""
+
+    def __init__(self) -> None:
+        """Nothing is opened."""
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Nothing is written."""
+
+    def position(self) -> int:
+        """Nothing was written."""
+        return 0
+
+    def truncate(self, position: int) -> None:
+        """Nothing is there."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def tensorboard_writer() -> Any:
     """The class that writes TensorBoard events; UserError if it is not installed."""
     try:

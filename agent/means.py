@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agent.distributed import ALONE, Ranks
+
 
 class Means:
-    """Sums what updates report and gives the means, in one wait for the device."""
+    """Sums what updates report and gives the means over all ranks, in one wait for the device."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, ranks: Ranks = ALONE):
+        self._device, self._ranks = device, ranks
         self._names: list[str] = []
         self._sums = torch.zeros(0, device=device)  # the last one counts the updates that were fine
         self._amount = 0
@@ -33,7 +35,7 @@ class Means:
         """
         if not self._amount:
             return {}
-        *sums, count = self._sums.tolist()
+        *sums, count = self._ranks.mean([self._sums])[0].tolist()
         skipped = self._amount - count
         self._sums.zero_()
         self._amount = 0

@@ -7,6 +7,13 @@ import numpy as np
 import torch
 
 
+def seed_everything(seed: int) -> None:
+    """Begin all of them anew."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - environments of others may draw from it
+
+
 def random_state() -> dict[str, Any]:
     """State of Python's, NumPy's and torch's global generators, CUDA's too if the process uses CUDA."""
     version, internal, gauss = random.getstate()

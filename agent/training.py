@@ -1,32 +1,35 @@
 """A training run: collect, learn, log, save; stopped at any time and gone on with by the same command."""
 
+import io
+import itertools
 import math
 import os
-import random
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from agent import checkpoint
 from agent import logdir as logdirs
 from agent.agent import Agent, Carry
+from agent.arrays import as_arrays, as_tensors, tensors
+from agent.dealing import deal, parts
+from agent.distributed import Ranks, meeting
 from agent.errors import UserError
 from agent.incidents import Incidents, tell_broken
 from agent.introduction import Foretelling, introduce, planned_updates
-from agent.logging import LiveLine, MetricsLogger, memory, tensorboard_writer
-from agent.random_state import random_state, set_random_state
+from agent.logging import LiveLine, MetricsLogger, NoLogger, memory, tensorboard_writer
+from agent.random_state import random_state, seed_everything, set_random_state
 from agent.ratio import Ratio
 from agent.replay import Replay, choose_device, storage_bytes
 from agent.replay_files import ReplayFiles
 from agent.schema import Config
+from agent.stopping import SignalsHeld
 from agent.view.training import OpenLoopPictures
 from envs.errors import EnvironmentFailure
 from envs.streams import Row, Streams
@@ -60,7 +63,8 @@ def train(config: Config, logdir: str | Path | None = None, news: Sequence[str] 
 
     Progress is told on stderr. SIGINT (a notebook's stop button) and SIGTERM save and then raise SystemExit. With
     `config.env.parallel` environments are processes that import the main module anew, so that a script calls this
-    under `if __name__ == "__main__":`.
+    under `if __name__ == "__main__":`. Processes that torchrun started train one agent together, each with its share of
+    environments, batch and replay; what goes wrong then ends all of them with SystemExit, after one line.
 
     Args:
         config: as `agent.resolve` gives it.
@@ -80,22 +84,30 @@ def train(config: Config, logdir: str | Path | None = None, news: Sequence[str] 
     logdirs.check(config, logdir)
     if config.log.tensorboard:
         tensorboard_writer()  # if it is missing, nothing is written
-    run = Run(config, logdir, device, started)
-    run.news = news
-    # No name here for what was found: its tensors are mapped from files, which must not outlive their use.
-    run.go(logdirs.find_checkpoint(config, logdir, lambda line: print(line, file=sys.stderr)))
+    with meeting(config, device) as ranks:
+        logdir = ranks.gather(logdir)[0]
+        run = Run(config, logdir, device, started, ranks)
+        run.news = news
+        notify = tell if ranks.leads else lambda line: None
+        # No name here for what was found: its tensors are mapped from files, which must not outlive their use.
+        run.go(logdirs.find_checkpoint(config, logdir, notify))
     return logdir
+
+
+def tell(line: str) -> None:
+    """Print a line on stderr."""
+    print(line, file=sys.stderr)
 
 
 class Run:
     """The parts of a run and the loop over them."""
 
-    def __init__(self, config: Config, logdir: Path, device: torch.device, started: float):
+    def __init__(self, config: Config, logdir: Path, device: torch.device, started: float, ranks: Ranks):
         self.config, self.logdir, self.device, self.started = config, logdir, device, started
+        self.ranks, self.amount = ranks, ranks.share(config.env.amount, "env.amount")  # environments of this rank
+        self.first = ranks.rank * self.amount  # their first one's place among all
         make_deterministic(config, device)
-        torch.manual_seed(config.seed)
-        random.seed(config.seed)
-        np.random.seed(config.seed)  # noqa: NPY002 - environments of others may draw from it
+        seed_everything(ranks.seed(config.seed))
         self.rows = 0  # rows collected from each environment
         self.episodes = 0
         self.stop_signal: int | None = None
@@ -104,7 +116,7 @@ class Run:
         self.returns: list[float] = []  # of the episodes since the last checkpoint
         self.best = -math.inf  # highest mean of those at a checkpoint
         self.saved_frames = -1  # at the newest checkpoint
-        self.replay_files = ReplayFiles(logdir / "checkpoints" / "replay")
+        self.replay_files = ReplayFiles(logdir / "checkpoints" / "replay", ranks.rank)
         self.incidents = Incidents(logdir / "not_finite", config.train.max_skipped)
         self.ratio = Ratio(config.train.ratio, config.train.batch_size * config.train.batch_length)
 
@@ -119,41 +131,57 @@ class Run:
 
     def go(self, found: tuple[Path, dict[str, Any]] | None) -> None:
         """Set everything up, run to the end or to a signal, and save. `found`: the checkpoint to go on from."""
+        self._check_found(found)
+        found = (found[0], self._share_of(found[1])) if found else None
         saved = found[1] if found else None
         env = self.config.env
         seed = int(np.random.SeedSequence([self.config.seed, 0]).generate_state(1)[0] // 2)
         self.streams = Streams(
-            env.name, env.amount, parallel=env.parallel, seed=seed,
+            env.name, self.amount, parallel=env.parallel, seed=seed + self.first,
             action_repeat=env.action_repeat, time_limit=env.time_limit, options=env.options,
             timeout=env.timeout, restarts=env.restarts,
         )  # fmt: skip
         try:
-            self.agent = Agent(self.streams.observation_space, self.streams.action_space, self.config, self.device)
+            spaces = self.streams.observation_space, self.streams.action_space
+            self.agent = Agent(*spaces, self.config, self.device, self.ranks)
             self.replay = self._make_replay()
             self.agent.attach(self.replay)
-            self.carry = self.agent.initial(env.amount)
+            self.carry = self.agent.initial(self.amount)
             if saved:
                 self._restore(saved)
-            logdirs.claim(self.config, self.logdir)
-            if found:
-                checkpoint.set_aside(found[0])
-            self.logger = MetricsLogger(self.logdir, self.config.log.tensorboard, self.frames)
-            self.logger.truncate(saved["metrics_position"] if saved else 0)
-            self.line = LiveLine(self.config.steps, self.frames, self.device.type)
+            self._open(found)
+            self.ranks.wait()  # for the folder
             self._introduce(found)
             row = self._first_row(found)
             self._discard_broken()
             del found, saved
-            with SignalsHeld(self):
-                try:
-                    self._loop(row)
-                except EnvironmentFailure:
-                    self._discard_broken()
-                    self.save()  # what was learned so far is worth keeping
-                    raise
+            with SignalsHeld(self), self.ranks.ending_together():
+                self._loop(row)
         finally:
             self.streams.close()
         self._finish()
+
+    def _check_found(self, found: tuple[Path, dict[str, Any]] | None) -> None:
+        """UserError unless all ranks go on from the same checkpoint."""
+        names = self.ranks.gather(found[0].name if found else None)
+        if len(set(names)) > 1:
+            raise UserError(
+                f"{self.logdir}: the ranks find different checkpoints there ({', '.join(map(str, names))}); give a"
+                " --logdir on a disk that all machines share"
+            )
+
+    def _open(self, found: tuple[Path, dict[str, Any]] | None) -> None:
+        """Make the folder this run's, and open its log and the live line; only the first rank has them."""
+        if not self.ranks.leads:
+            self.logger: MetricsLogger = NoLogger()
+            self.line = LiveLine(self.config.steps, self.frames, self.device.type, stream=io.StringIO())
+            return
+        logdirs.claim(self.config, self.logdir)
+        if found:
+            checkpoint.set_aside(found[0])
+        self.logger = MetricsLogger(self.logdir, self.config.log.tensorboard, self.frames)
+        self.logger.truncate(found[1]["metrics_position"] if found else 0)
+        self.line = LiveLine(self.config.steps, self.frames, self.device.type)
 
     def _make_replay(self) -> Replay:
         config, (rows, latents) = self.config, self.agent.row_specs()
@@ -163,9 +191,10 @@ class Run:
         wanted = -(-config.steps // (config.env.action_repeat * amount)) * amount
         needed = max(wanted, 2 * window * amount, config.replay.prefill + amount)
         capacity = min(config.replay.capacity, -(-needed // (amount * stride)) * amount * stride)
-        nbytes = storage_bytes(rows, latents, streams=amount, capacity=capacity, stride=stride)
+        shape = {"streams": self.amount, "capacity": capacity // self.ranks.size, "stride": stride}
+        nbytes = storage_bytes(rows, latents, **shape)
         return Replay(
-            rows, latents, streams=amount, capacity=capacity, window=window, seed=config.seed, stride=stride,
+            rows, latents, **shape, window=window, seed=self.ranks.seed(config.seed),
             device=choose_device(config.replay.device, nbytes, self.device), online_queue=config.replay.online_queue,
         )  # fmt: skip
 
@@ -175,7 +204,8 @@ class Run:
         if not found:
             return self.streams.reset()
         path, saved = found
-        row, cut = self.streams.restore(as_arrays(saved["streams"]))
+        row, own_cut = self.streams.restore(as_arrays(saved["streams"]))
+        cut = [first + index for first, indices in self.ranks.gather((self.first, own_cut)) for index in indices]
         if cut:
             self.logger.write(self.frames, {"episode/cut": len(cut)})
             which = ", ".join(map(str, cut))
@@ -183,8 +213,12 @@ class Run:
                 f"cut         episodes of environments {which}: the same seed and actions did not lead to the same"
                 " observation, the episode was too long, or the environment had failed; new ones begin"
             )
-        set_random_state(saved["random"])  # only now: environments may have drawn
-        if saved["is_best"]:
+        # Only now: environments may have drawn.
+        if saved["random"] is None:
+            seed_everything(self.ranks.seed(self.config.seed, self.rows))
+        else:
+            set_random_state(saved["random"])
+        if saved["is_best"] and self.ranks.leads:
             checkpoint.keep_as_best(path)  # the run may have died before it did
         return row
 
@@ -196,7 +230,9 @@ class Run:
         log_rows = max(1, config.log.every // (config.env.amount * config.env.action_repeat))
         foretell = Foretelling(agent.updates)
         show_open_loop = OpenLoopPictures(config, self.logger, self.line.note)
-        while self.frames < config.steps and self.stop_signal is None:
+        batch, prefill = config.train.batch_size // self.ranks.size, -(-config.replay.prefill // self.ranks.size)
+        stop = 0
+        while self.frames < config.steps and not stop:
             values = tensors(row)
             action, self.carry = agent.act(values, values["is_first"], self.carry)
             replay.add(agent.row(values, action, self.carry))
@@ -204,19 +240,27 @@ class Run:
             if not np.isfinite(actions).all():
                 self.incidents.check_acting(self.carry, self.frames)
             self.streams.send(actions)
-            if replay.ready(config.replay.prefill):
-                for _ in range(self.ratio.updates(self.streams.amount)):
-                    agent.update(replay.sample(config.train.batch_size))
+            (waiting,) = self.ranks.highest(not replay.ready(prefill))
+            if not waiting:
+                for _ in range(self.ratio.updates(config.env.amount)):
+                    agent.update(replay.sample(batch))
                     self._tell_first_update()
-            row = self.streams.receive()
+            row = self._receive()
             self.rows += 1
 
-            self._discard_broken()
-            self._report_episodes()
+            to_tell, due, stop = self.ranks.highest(
+                bool(self.streams.broken or self.streams.finished),
+                self.ranks.leads and time.monotonic() - saved > 60 * config.checkpoint.minutes,
+                self.stop_signal or 0,
+            )
+            if to_tell:
+                self._discard_broken()
+                self._report_episodes()
             self.line.update(self.frames, agent.updates)
             if told := foretell(agent.updates, planned_updates(config)):
                 self.line.note(told)
-            show_open_loop(agent, replay, self.frames)
+            if self.ranks.leads:
+                show_open_loop(agent, replay, self.frames)
             now = time.monotonic()
             if self.rows % log_rows == 0:
                 rates = {
@@ -233,13 +277,32 @@ class Run:
                 if metrics:
                     agent.schedule(metrics)
                 logged, logged_frames, logged_updates = now, self.frames, agent.updates
-            if now - saved > 60 * config.checkpoint.minutes:
+            if due:
                 self.save()
                 saved = time.monotonic()
+        self.stop_signal = stop or None
+
+    def _receive(self) -> Row:
+        """The next row; where an environment breaks too often, on whatever rank, all save and end."""
+        assert self.streams is not None
+        row: Row = {}
+        failure: EnvironmentFailure | None = None
+        try:
+            row = self.streams.receive()
+        except EnvironmentFailure as error:
+            failure = error
+        (failed,) = self.ranks.highest(failure is not None)
+        if failed:
+            self._discard_broken()
+            self.save()  # what was learned so far is worth keeping
+            if failure is None:
+                self.ranks.end_after_another()
+            raise failure
+        return row
 
     def _report_episodes(self) -> None:
         assert self.streams is not None
-        for episode in self.streams.finished:
+        for episode in itertools.chain(*self.ranks.gather(self.streams.finished)):
             self.episodes += 1
             self.returns.append(episode.episode_return)
             numbers = {
@@ -254,11 +317,15 @@ class Run:
     def _discard_broken(self) -> None:
         """Tell of environments that broke in the newest row, and take what they gave of their episodes from replay."""
         assert self.streams is not None
+        texts = []
         for broken in self.streams.broken:
             self.replay.discard(broken.index, broken.rows)
-            self.line.note(f"broken      {tell_broken(broken, self.frames, self.logdir)}")
-        if self.streams.broken:
-            self.logger.write(self.frames, {"env/restarts": self.streams.restarts})
+            texts.append(self.ranks.name + tell_broken(broken, self.frames, self.logdir))
+        told, restarts = zip(*self.ranks.gather((texts, self.streams.restarts)), strict=True)
+        for text in itertools.chain(*told):
+            self.line.note(f"broken      {text}")
+        if any(told):
+            self.logger.write(self.frames, {"env/restarts": sum(restarts)})
 
     def _finish(self) -> None:
         if self.saved_frames != self.frames:
@@ -282,29 +349,47 @@ class Run:
         if self.returns:
             self.best, self.returns = max(self.best, mean), []
         try:
-            state = self._state() | {"best": self.best, "is_best": is_best}
-            path = checkpoint.save(directory, self.frames, state, self.config.checkpoint.keep)
-            if is_best:
-                checkpoint.keep_as_best(path)
+            first, *others = self.ranks.gather(self._own_state())  # once all have written their replay
+            if self.ranks.leads:
+                state = self._common_state() | first | {"best": self.best, "is_best": is_best, "other_ranks": others}
+                path = checkpoint.save(directory, self.frames, state, self.config.checkpoint.keep)
+                if is_best:
+                    checkpoint.keep_as_best(path)
+            self.ranks.wait()  # nobody goes on, or ends, before the checkpoint is whole
             self.saved_frames = self.frames
         finally:  # a full disk gets back what was written in vain
-            self.replay_files.sweep(checkpoint.candidates(directory))
+            if self.ranks.leads:
+                self.replay_files.sweep(checkpoint.candidates(directory))
 
-    def _state(self) -> dict[str, Any]:
-        assert self.streams is not None
+    def _common_state(self) -> dict[str, Any]:
+        """What is the same on all ranks."""
         return {
             "run": logdirs.identity(self.config),
             "platform": platform(self.device),
             "agent": self.agent.state_dict(),
-            "carry": self.carry._asdict(),
-            "streams": as_tensors(self.streams.state_dict()),
-            "replay": self.replay_files.write(self.replay, self.frames),
             "ratio": self.ratio.state_dict(),
-            "random": random_state(),
             "rows": self.rows,
             "episodes": self.episodes,
             "metrics_position": self.logger.position(),
         }
+
+    def _own_state(self) -> dict[str, Any]:
+        """What each rank has its own of, on the CPU; see `agent.dealing`."""
+        assert self.streams is not None
+        return {
+            "carry": as_tensors(self.carry._asdict()),
+            "streams": as_tensors(self.streams.state_dict()),
+            "replay": self.replay_files.write(self.replay, self.frames),
+            "random": random_state(),
+            "means": as_tensors(self.agent.means.state_dict()),
+        }
+
+    def _share_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint's state as this rank needs it; `random` is None if another number of ranks wrote it."""
+        saved = parts(state)
+        if len(saved) == self.ranks.size:
+            return {**state, **saved[self.ranks.rank]}
+        return state | deal(saved, range(self.first, self.first + self.amount)) | {"random": None}
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         self.rows, self.episodes, self.best = saved["rows"], saved["episodes"], saved["best"]
@@ -314,7 +399,13 @@ class Run:
         except (RuntimeError, ValueError) as error:  # how torch tells that names or shapes differ
             reason = " ".join(str(error).split())
             raise UserError(f"{self.logdir}: its checkpoint does not fit this agent ({reason})") from None
-        self.replay_files.load(saved["replay"], self.replay)
+        if saved["random"] is None:
+            seed = self.ranks.seed(self.config.seed, self.rows)
+            needed = [part["replay"] for part in parts(saved)]
+            self.replay_files.load_dealt(needed, self.replay, self.first, seed)
+        else:
+            self.replay_files.load(saved["replay"], self.replay)
+            self.agent.means.load_state_dict(saved.get("means", saved["agent"]["means"]))
         self.ratio.load_state_dict(saved["ratio"])
         carry = saved["carry"]
         state = {key: value.to(self.device, copy=True) for key, value in carry["state"].items()}
@@ -328,6 +419,11 @@ class Run:
         if found:
             path, saved = found
             lines.append(f"resumed     {path.name}: {self.frames:,} frames, {self.agent.updates:,} updates")
+            if saved["random"] is None:
+                lines.append(
+                    f"            written by {len(parts(saved))} ranks, not {self.ranks.size}: environments, their"
+                    " episodes and replay are dealt out anew, all of them; noise and sampling begin anew"
+                )
             here = platform(self.device)
             changed = [
                 f"{key} {value}, not {here[key]}" for key, value in saved["platform"].items() if value != here[key]
@@ -344,50 +440,6 @@ class Run:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.line.note(f"first update {time.monotonic() - self.started:.1f} s after the start")
-
-
-class SignalsHeld:
-    """While it is open, SIGINT and SIGTERM ask the run to stop after its present step; a second one ends it at once."""
-
-    def __init__(self, run: Run):
-        self.run = run
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self._ask)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.run.stop_signal = number
-        self.run.line.note(f"{signal.Signals(number).name}: saving after this step; again to stop at once")
-        signal.signal(number, self.before[number])
-
-
-def tensors(row: Row) -> dict[str, Tensor]:
-    """A row of the environments as tensors (N, ...) that share its memory."""
-    return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in row.items()}
-
-
-def as_tensors(value: Any) -> Any:
-    """Arrays within lists and dicts as tensors, which a checkpoint may hold."""
-    if isinstance(value, dict):
-        return {key: as_tensors(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [as_tensors(entry) for entry in value]
-    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-
-
-def as_arrays(value: Any) -> Any:
-    """Tensors within lists and dicts as arrays of their own."""
-    if isinstance(value, dict):
-        return {key: as_arrays(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [as_arrays(entry) for entry in value]
-    return value.numpy().copy() if isinstance(value, Tensor) else value
 
 
 def platform(device: torch.device) -> dict[str, str]:
