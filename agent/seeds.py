@@ -28,8 +28,9 @@ def train_seeds(config: Config, seeds: Sequence[int], out: Path) -> None:
         UserError: a seed is given twice, a folder holds another run, or a run failed; the others have saved.
         SystemExit: a signal came, and all runs have saved; the same call goes on from there.
     """
-    if repeated := next((seed for seed in seeds if list(seeds).count(seed) > 1), None):
-        raise UserError(f"--seeds: {repeated} is given twice")
+    repeated = [seed for seed in seeds if list(seeds).count(seed) > 1]
+    if repeated:
+        raise UserError(f"--seeds: {repeated[0]} is given twice")
     configs = {f"seed{seed}": dataclasses.replace(config, seed=seed) for seed in seeds}
     for name, of_seed in configs.items():
         logdirs.check(of_seed, out / name)
