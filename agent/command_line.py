@@ -86,6 +86,11 @@ def make_parser(description: str, examples: Sequence[str], flags: Sequence[str] 
     return parser
 
 
+def names(text: str) -> list[str]:
+    """Words between commas: what a flag that takes several is read with."""
+    return [word.strip() for word in text.split(",")]
+
+
 def tell(line: str) -> None:
     """Print a line on stderr."""
     print(line, file=sys.stderr)

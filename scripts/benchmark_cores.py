@@ -9,15 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from agent.command_line import make_parser, run_main
+from agent.command_line import make_parser, names, run_main
 from agent.errors import UserError
 
 COLUMNS = ("core", "form", "size", "batch", "length", "pass", "ms", "ms_p10", "ms_p90", "error")
-
-
-def names(text: str) -> list[str]:
-    """Words between commas."""
-    return [word.strip() for word in text.split(",")]
 
 
 def counts(text: str) -> list[int]:

@@ -3,15 +3,10 @@
 import json
 from pathlib import Path
 
-from agent.command_line import command, make_parser
+from agent.command_line import command, make_parser, names
 from agent.errors import UserError
 
 OF_SUITE = ("cores", "probes", "suite", "seeds", "steps", "parallel", "out")
-
-
-def names(text: str) -> list[str]:
-    """Words between commas."""
-    return [word.strip() for word in text.split(",")]
 
 
 @command

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from agent.command_line import command, make_parser
+from agent.command_line import command, make_parser, names
 from agent.errors import UserError
 
 NUMBERS = {
@@ -21,11 +21,6 @@ WORDS = {
     "task": ("task.name", "noisy_recall or mqar"),
     "schedule": ("training.schedule", "cosine or constant"),
 }
-
-
-def names(text: str) -> list[str]:
-    """Words between commas."""
-    return [word.strip() for word in text.split(",")]
 
 
 @command
