@@ -1,5 +1,6 @@
 """A training run: collect, learn, log, save; stopped at any time and gone on with by the same command."""
 
+import contextlib
 import io
 import itertools
 import math
@@ -133,7 +134,6 @@ class Run:
         """Set everything up, run to the end or to a signal, and save. `found`: the checkpoint to go on from."""
         self._check_found(found)
         found = (found[0], self._share_of(found[1])) if found else None
-        saved = found[1] if found else None
         env = self.config.env
         seed = int(np.random.SeedSequence([self.config.seed, 0]).generate_state(1)[0] // 2)
         self.streams = Streams(
@@ -141,25 +141,34 @@ class Run:
             action_repeat=env.action_repeat, time_limit=env.time_limit, options=env.options,
             timeout=env.timeout, restarts=env.restarts,
         )  # fmt: skip
-        try:
-            spaces = self.streams.observation_space, self.streams.action_space
-            self.agent = Agent(*spaces, self.config, self.device, self.ranks)
-            self.replay = self._make_replay()
-            self.agent.attach(self.replay)
-            self.carry = self.agent.initial(self.amount)
-            if saved:
-                self._restore(saved)
-            self._open(found)
-            self.ranks.wait()  # for the folder
-            self._introduce(found)
-            row = self._first_row(found)
-            self._discard_broken()
-            del found, saved
-            with SignalsHeld(self), self.ranks.ending_together():
-                self._loop(row)
-        finally:
-            self.streams.close()
-        self._finish()
+        with contextlib.ExitStack() as signals:
+            try:
+                row = self._set_up(found)
+                del found
+                # To the end of the last save: of several ranks one may be told later than it agreed to stop.
+                signals.enter_context(SignalsHeld(self))
+                with self.ranks.ending_together():
+                    stop = self._loop(row)
+            finally:
+                self.streams.close()
+            self._finish(stop)
+
+    def _set_up(self, found: tuple[Path, dict[str, Any]] | None) -> Row:
+        """Make agent and replay, or restore them, open the log and tell what will run; the row to begin with."""
+        assert self.streams is not None
+        spaces = self.streams.observation_space, self.streams.action_space
+        self.agent = Agent(*spaces, self.config, self.device, self.ranks)
+        self.replay = self._make_replay()
+        self.agent.attach(self.replay)
+        self.carry = self.agent.initial(self.amount)
+        if found:
+            self._restore(found[1])
+        self._open(found)
+        self.ranks.wait()  # for the folder
+        self._introduce(found)
+        row = self._first_row(found)
+        self._discard_broken()
+        return row
 
     def _check_found(self, found: tuple[Path, dict[str, Any]] | None) -> None:
         """UserError unless all ranks go on from the same checkpoint."""
@@ -222,7 +231,8 @@ class Run:
             checkpoint.keep_as_best(path)  # the run may have died before it did
         return row
 
-    def _loop(self, row: Row) -> None:
+    def _loop(self, row: Row) -> int:
+        """Run to the end (0), or until any rank has a signal: its number."""
         assert self.streams is not None
         config, agent, replay = self.config, self.agent, self.replay
         saved = logged = time.monotonic()
@@ -280,7 +290,7 @@ class Run:
             if due:
                 self.save()
                 saved = time.monotonic()
-        self.stop_signal = stop or None
+        return stop
 
     def _receive(self) -> Row:
         """The next row; where an environment breaks too often, on whatever rank, all save and end."""
@@ -327,17 +337,17 @@ class Run:
         if any(told):
             self.logger.write(self.frames, {"env/restarts": sum(restarts)})
 
-    def _finish(self) -> None:
+    def _finish(self, stop: int) -> None:
         if self.saved_frames != self.frames:
             self.save()
         self.line.close()
         self.logger.close()
-        if self.stop_signal is None:
+        if not stop:
             self.line.note(f"done: {self.frames:,} frames, {self.episodes} episodes; run in {self.logdir}")
             return
-        name = signal.Signals(self.stop_signal).name
+        name = signal.Signals(stop).name
         self.line.note(f"stopped by {name} at {self.frames:,} frames and saved; the same command goes on from here")
-        sys.exit(128 + self.stop_signal)
+        sys.exit(128 + stop)
 
     # ---- saving -----------------------------------------------------------------------------------------------
 

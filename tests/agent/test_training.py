@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import agent
-from agent import checkpoint
+from agent import checkpoint, training
 from agent import config as configuration
 from agent.errors import UserError
 from agent.schema import Config
@@ -103,6 +103,25 @@ def test_lines_after_the_checkpoint_are_written_again_and_not_twice(tmp_path: Pa
     after = lines(tmp_path)
     assert after[: len(first)] == first
     assert {"step": 500, "episode/return": 1.0} not in after
+
+
+def test_a_signal_during_the_last_save_does_not_break_it_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unheld: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: unheld.append(number))
+    save = training.Run.save
+
+    def interrupted_save(run: training.Run) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(run)
+
+    monkeypatch.setattr(training.Run, "save", interrupted_save)
+    try:
+        train(small_config(200), tmp_path)
+        assert unheld == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert unheld == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
