@@ -3,10 +3,12 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+Mode = Literal["eager", "graph", "full"]
+"""How the update runs: as it is; as one CUDA graph; with its regions compiled, on a GPU as one graph of these."""
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 

@@ -20,8 +20,8 @@ class ActingPolicy(nn.Module):
         super().__init__()
         self.agent = agent
         self.world_model, self.actor = (
-            agent.frozen_world_model.module,
-            agent.frozen_actor.module,
+            agent.learner.frozen_world_model.module,
+            agent.learner.frozen_actor.module,
         )  # whose weights go along
         self.register_buffer("likeliest", torch.tensor([True]))
 

@@ -45,7 +45,7 @@ class Incidents:
             UserError: too many updates were skipped in a row. They changed nothing, so that the newest checkpoint is
                 as good as ever.
         """
-        found = agent.watch.look()
+        found = agent.learner.watch.look()
         if found is None:
             return None
         own = self._named(found, agent, frames) if found.names else ("", "")

@@ -30,7 +30,7 @@ def planned_updates(config: Config) -> int:
 
 def introduce(config: Config, logdir: Path, agent: Agent, replay: Replay, note: str | None) -> list[str]:
     """The lines that a run begins with; `note` is what its environment has to say."""
-    counts = agent.parameter_counts()
+    counts = agent.learner.parameter_counts()
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     device = (
         torch.cuda.get_device_name(agent.device)
@@ -88,8 +88,8 @@ def _about_replay(agent: Agent, replay: Replay) -> str:
 
 def checkpoint_bytes(keep: int, agent: Agent, replay: Replay) -> int:
     """What all checkpoints of a run take on disk at most: `keep`, the best one, and one that is being written."""
-    learned = sum(parameter.nbytes for parameter in agent.parameters)
-    slow = sum(parameter.nbytes for parameter in agent.slow_critic.parameters())
+    learned = sum(parameter.nbytes for parameter in agent.learner.parameters)
+    slow = sum(parameter.nbytes for parameter in agent.learner.slow_critic.parameters())
     rows = replay.nbytes - replay.latent_nbytes
     of_chunk = rows * CHUNK // replay.length
     of_rank = (keep + 1) * (replay.latent_nbytes + of_chunk) + rows + of_chunk
@@ -99,7 +99,7 @@ def checkpoint_bytes(keep: int, agent: Agent, replay: Replay) -> int:
 def _about_limits(config: Config, logdir: Path, agent: Agent, replay: Replay) -> str:
     needed = checkpoint_bytes(config.checkpoint.keep, agent, replay)
     logs = LINE_BYTES * config.steps // config.log.every
-    held = replay.nbytes + 5 * sum(parameter.nbytes for parameter in agent.parameters)
+    held = replay.nbytes + 5 * sum(parameter.nbytes for parameter in agent.learner.parameters)
     text = (
         f"disk {needed / 2**30:.2f} GiB of checkpoints ({config.checkpoint.keep} newest, the best, one being written)"
         f" and about {logs / 2**20:.0f} MiB of logs and 0.2 kB an episode; memory {held / 2**30:.2f} GiB"

@@ -104,7 +104,7 @@ def _description(config: Config, agent: Agent, device: torch.device) -> Row:
         "core": config.core.name, "size": config.size, "posterior": config.rssm.posterior,
         "precision": "bf16" if agent.dtype == torch.bfloat16 else "fp32", "compile": agent.mode,
         "batch": config.train.batch_size, "length": config.train.batch_length,
-        "parameters": sum(agent.parameter_counts().values()),
+        "parameters": sum(agent.learner.parameter_counts().values()),
     }  # fmt: skip
 
 

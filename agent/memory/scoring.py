@@ -75,7 +75,7 @@ def _about(player: Agent) -> Result:
         "score_name": "score" if known else "return",
         "items": task.items if known else None,
         "floors": {name: task.score(accuracy) for name, accuracy in task.floors().items()} if known else {},
-        "parameters": sum(player.parameter_counts().values()),
+        "parameters": sum(player.learner.parameter_counts().values()),
         "state_bytes": core.state_bytes,
     }
 

@@ -53,14 +53,14 @@ def play_episode(agent: Agent, seed: int, longest: int) -> Episode:
 def core_inputs(agent: Agent, episode: Episode) -> Tensor:
     """What the core read at each step, (T, X)."""
     before = torch.cat([torch.zeros_like(episode.z[:1]), episode.z[:-1]])
-    rssm = agent.frozen_world_model.module.rssm
+    rssm = agent.learner.frozen_world_model.module.rssm
     return rssm.core_input(before, episode.previous_action, episode.first, agent.dtype)
 
 
 @torch.no_grad()
 def cut(agent: Agent, episode: Episode, starts: Sequence[int], length: int) -> Sequences:
     """The sequences (B, length, ...) from these steps on, each with what the memory held before."""
-    rssm = agent.frozen_world_model.module.rssm
+    rssm = agent.learner.frozen_world_model.module.rssm
     state, _ = rssm.initial(1)
     x, first = core_inputs(agent, episode).unsqueeze(0), episode.first.unsqueeze(0)
     later = [start for start in starts if start > 0]

@@ -79,7 +79,7 @@ def _write_predictions(agent: Agent, episode: Episode, view: str, out: Path, loo
 
 
 def _memory(agent: Agent, episode: Episode) -> Any:
-    seen = agent.frozen_world_model.module.rssm.core.inspect(core_inputs(agent, episode), episode.first)
+    seen = agent.learner.frozen_world_model.module.rssm.core.inspect(core_inputs(agent, episode), episode.first)
     return draw_memory(seen, episode.reward, _title(agent, "memory"))
 
 

@@ -53,7 +53,7 @@ def predict(agent: Agent, given: Sequences, context: int, generator: torch.Gener
         act: let the policy choose the actions that are not observed, its most likely ones, instead of those that
             were taken.
     """
-    model = agent.frozen_world_model.module
+    model = agent.learner.frozen_world_model.module
     rssm: RSSM = model.rssm
     amount, steps = given.first.shape
     seen = {key: value[:, :context] for key, value in given.observation.items()}
@@ -67,7 +67,7 @@ def predict(agent: Agent, given: Sequences, context: int, generator: torch.Gener
             latent, _ = rssm.observe_step(state, z, action, given.first[:, t], token[:, t], noise[t])
         else:
             if act:
-                action = agent.frozen_actor.module(features[-1]).mode()
+                action = agent.learner.frozen_actor.module(features[-1]).mode()
             latent = rssm.imagine_step(state, z, action, noise[t], agent.dtype)
         state, z = latent.state, latent.z
         features.append(rssm.feature(latent, agent.dtype))

@@ -50,9 +50,9 @@ def flat(carry: Carry) -> list[Tensor]:
 
 def learned(agent: Agent) -> list[Tensor]:
     """Everything that an update changes, copied."""
-    modules = (agent.world_model, agent.behavior, agent.slow_critic, agent.normalizer)
+    modules = (agent.world_model, agent.behavior, agent.learner.slow_critic, agent.learner.normalizer)
     tensors = [value for module in modules for value in module.state_dict().values()]
-    tensors += [agent.optimizer.count, *agent.optimizer.square, *agent.optimizer.momentum]
+    tensors += [agent.learner.optimizer.count, *agent.learner.optimizer.square, *agent.learner.optimizer.momentum]
     return [tensor.detach().clone() for tensor in tensors]
 
 
@@ -94,15 +94,15 @@ def test_parameter_count_of_size_1m_on_walker(debug_config: Callable[..., Config
 
     observations = gymnasium.spaces.Dict({"orientations": box(14), "height": box(1), "velocity": box(9)})
     agent = Agent(observations, box(6, 1.0), debug_config(size="1m"), torch.device("cpu"))
-    assert sum(agent.parameter_counts().values()) == 640_867
-    assert sum(parameter.numel() for parameter in agent.parameters) == 640_867
-    assert len(agent.parameters) == 85  # in as many tensors, since gradients are clipped tensor by tensor
+    assert sum(agent.learner.parameter_counts().values()) == 640_867
+    assert sum(parameter.numel() for parameter in agent.learner.parameters) == 640_867
+    assert len(agent.learner.parameters) == 85  # in as many tensors, since gradients are clipped tensor by tensor
 
 
 def test_new_agent_predicts_no_reward_and_no_value(make_agent: Make) -> None:
     agent = make_agent(BOX)
     feature = torch.randn(20, agent.world_model.rssm.feature_size) * 10
-    for head in (agent.world_model.reward, agent.behavior.critic, agent.slow_critic):
+    for head in (agent.world_model.reward, agent.behavior.critic, agent.learner.slow_critic):
         assert torch.equal(head.mean(head(feature)), torch.zeros(20))
 
 
@@ -208,7 +208,7 @@ def test_the_action_before_each_step_is_that_of_the_row_before(make_agent: Make,
     agent = make_agent(gymnasium.spaces.Discrete(60))
     rows, _ = make_replay(agent).gather(WINDOWS)
     rows["action"] = torch.arange(rows["action"].numel()).view_as(rows["action"])  # (B, 1 + T), all distinct
-    batch = agent._batch(rows)
+    batch = agent.learner._batch(rows)
     assert batch.previous_action.shape == (4, 8, 60)
     assert torch.equal(batch.previous_action.argmax(-1), rows["action"][:, :-1])
     for ours, key in (
@@ -268,8 +268,8 @@ def test_the_critic_learns_from_what_happened_at_the_states_that_imagination_sta
         seen["real"] = arguments[2:7]
         return behavior.replay_value_loss(*arguments)
 
-    monkeypatch.setattr("agent.agent.imagination_loss", recorded)
-    monkeypatch.setattr("agent.agent.replay_value_loss", replay_value_loss)
+    monkeypatch.setattr("agent.learner.imagination_loss", recorded)
+    monkeypatch.setattr("agent.learner.replay_value_loss", replay_value_loss)
     agent.update(WINDOWS)
     rows, _ = replay.gather(WINDOWS)
     feature, reward, last, terminal, bootstrap = seen["real"]  # (T, B, ...)
@@ -289,26 +289,26 @@ def test_the_slow_critic_follows(make_agent: Make, make_replay: Make) -> None:
     replay = make_replay(agent)
     agent.attach(replay)
     for _ in range(2):
-        before = [parameter.detach().double() for parameter in agent.slow_critic.parameters()]
+        before = [parameter.detach().double() for parameter in agent.learner.slow_critic.parameters()]
         agent.update(replay.sample(4))
         for slow, old, new in zip(
-            agent.slow_critic.parameters(), before, agent.behavior.critic.parameters(), strict=True
+            agent.learner.slow_critic.parameters(), before, agent.behavior.critic.parameters(), strict=True
         ):
             expected = 0.98 * old + 0.02 * new.detach().double()
             torch.testing.assert_close(slow.double(), expected, rtol=1e-5, atol=1e-8)
-        assert not torch.equal(agent.slow_critic.output.weight, agent.behavior.critic.output.weight)
+        assert not torch.equal(agent.learner.slow_critic.output.weight, agent.behavior.critic.output.weight)
 
 
 def test_the_first_update_of_a_warm_up_changes_no_weight(make_agent: Make, make_replay: Make) -> None:
     agent = make_agent(BOX, ["optimizer.warmup=10"])
     replay = make_replay(agent)
     agent.attach(replay)
-    before = [parameter.detach().clone() for parameter in agent.parameters]
+    before = [parameter.detach().clone() for parameter in agent.learner.parameters]
     agent.update(replay.sample(4))
-    assert all(torch.equal(a, b) for a, b in zip(agent.parameters, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(agent.learner.parameters, before, strict=True))
     for _ in range(2):  # one moves the heads of zeros, the next the layers below them
         agent.update(replay.sample(4))
-    assert not any(torch.equal(a, b) for a, b in zip(agent.parameters, before, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(agent.learner.parameters, before, strict=True))
     assert agent.updates == 3
 
 
@@ -327,7 +327,7 @@ def test_imagination_starts_at_every_state_and_carries_no_gradient(make_agent: M
     carry = used_carry(agent, 6)
     h = carry.state["deter"].view(2, 3, -1).requires_grad_()
     z = carry.z.view(2, 3, rssm.groups, rssm.classes)
-    found = agent._judged(*agent._imagine(Latent({"deter": h}, h, z)))
+    found = agent.learner._judged(*agent.learner._imagine(Latent({"deter": h}, h, z)))
     horizon = agent.config.behavior.imagination_horizon
     assert found.feature.shape == (horizon + 1, 6, rssm.feature_size)
     assert found.action.shape == (horizon, 6, 2)
@@ -364,7 +364,7 @@ def test_a_loaded_agent_goes_on_identically(
     other.attach(other_replay)
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
     assert other.updates == 3
-    assert agent.normalizer.high > agent.normalizer.low
+    assert agent.learner.normalizer.high > agent.learner.normalizer.low
     assert all(torch.equal(a, b) for a, b in zip(learned(agent), learned(other), strict=True))
     saved = learned(agent)
     for one, memory in ((agent, replay), (other, other_replay)):
@@ -404,9 +404,14 @@ def test_gradient_through_the_model_equals_a_plain_loop_and_teaches_the_actor_al
     learned = dict(agent.world_model.named_parameters()) | dict(agent.behavior.named_parameters())
 
     torch.manual_seed(1)
-    imagined = agent._judged(*agent._imagine(start))
+    imagined = agent.learner._judged(*agent.learner._imagine(start))
     loss = imagination_loss(
-        agent.behavior, agent.frozen_critic.module, agent.slow_critic, agent.normalizer, imagined, settings
+        agent.behavior,
+        agent.learner.frozen_critic.module,
+        agent.learner.slow_critic,
+        agent.learner.normalizer,
+        imagined,
+        settings,
     )
     found = torch.autograd.grad(loss.losses["actor"].mean(), list(learned.values()), materialize_grads=True)
 
@@ -423,7 +428,7 @@ def test_gradient_through_the_model_equals_a_plain_loop_and_teaches_the_actor_al
     reward, live = model.reward.mean(model.reward(feature)), model.continuation.probability(feature)
     value = agent.behavior.critic.mean(agent.behavior.critic(feature))
     returns = lambda_return(reward, live, value, torch.zeros_like(live), settings.return_lambda)
-    scale = (agent.normalizer.high - agent.normalizer.low).clamp(min=1)
+    scale = (agent.learner.normalizer.high - agent.learner.normalizer.low).clamp(min=1)
     entropy = actor(feature[:-1].detach()).entropy()
     plain = -live.detach().cumprod(0)[:-1] * ((returns - value[:-1]) / scale + 0.1 * entropy)
     expected = torch.autograd.grad(plain.mean(), list(actor.parameters()))

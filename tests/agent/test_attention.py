@@ -172,7 +172,7 @@ def test_an_agent_has_as_many_parameters_as_with_the_gru(size: str) -> None:
         config = configuration.resolve("dmc_walker", core=core, size=size, device="cpu", settings=["compile=eager"])
         with torch.device("meta"):
             agent = Agent(observations, action, config, torch.device("meta"))
-        count[core] = sum(agent.parameter_counts().values())
+        count[core] = sum(agent.learner.parameter_counts().values())
     assert count["attention"] == pytest.approx(count["gru"], rel=0.1)
 
 

@@ -48,7 +48,7 @@ def test_captured_updates_equal_eager_ones(prepare: Prepare) -> None:
         torch.manual_seed(7)
         for _ in range(EAGER_CALLS + 4):
             agent.update(replay.sample(4))
-        results.append([parameter.detach().clone() for parameter in agent.parameters])
+        results.append([parameter.detach().clone() for parameter in agent.learner.parameters])
     before = prepare("eager", *FAST)[0].parameters
     for start, eager, captured in zip(before, *results, strict=True):
         assert (eager - captured).norm() <= 1e-3 * (eager - start).norm()
@@ -96,13 +96,13 @@ def test_a_core_that_takes_another_path_is_captured_anew(
         metrics = agent.take_metrics()
         assert all(np.isfinite(list(metrics.values())))
         agent.schedule(metrics)
-    assert agent.world_model.rssm.core.factor == agent.frozen_world_model.module.rssm.core.factor == 2
+    assert agent.world_model.rssm.core.factor == agent.learner.frozen_world_model.module.rssm.core.factor == 2
     if mode != "eager":
         assert agent._update.graph is not None and agent._act.graph is not None  # type: ignore[union-attr]
     state, z = {key: torch.ones_like(value) for key, value in agent.initial(2).state.items()}, agent.initial(2).z
     results = [
         rssm.imagine_step(state, z, carry.action, torch.rand(2, rssm.groups, device="cuda"), torch.float32).h
-        for rssm in (agent.world_model.rssm, agent.frozen_world_model.module.rssm)
+        for rssm in (agent.world_model.rssm, agent.learner.frozen_world_model.module.rssm)
     ]
     assert torch.allclose(*results, rtol=0.1, atol=0.1)
 

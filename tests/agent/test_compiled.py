@@ -47,7 +47,7 @@ def test_compiled_regions_equal_eager_ones_and_are_compiled_once(
     action: gymnasium.Space[Any],
     setting: str,
 ) -> None:
-    monkeypatch.setattr("agent.agent.compiled", compiled)
+    monkeypatch.setattr("agent.learner.compiled", compiled)
     caplog.set_level(logging.CRITICAL, "torch.__trace")  # kept for pytest, it would double the time
     torch.compiler.reset()
     counters.clear()
@@ -65,7 +65,7 @@ def test_compiled_regions_equal_eager_ones_and_are_compiled_once(
         for _ in range(3):
             agent.update(replay.sample(4))
             graphs.append(counters["stats"]["unique_graphs"])
-        squares = [square.sqrt() for square in agent.optimizer.square]
+        squares = [square.sqrt() for square in agent.learner.optimizer.square]
         results[mode] = agent.take_metrics(), squares
         everything = torch.cartesian_prod(torch.arange(replay.streams), torch.arange(0, 32, 4)).T
         replay_contents[mode] = replay.gather(everything)[1]

@@ -85,10 +85,10 @@ def test_a_poisoned_update_changes_nothing_and_is_named(
     metrics = agent.take_metrics()
     assert metrics["skipped_updates"] == 1
     assert all(np.isfinite(list(metrics.values())))
-    found = agent.watch.look()
+    found = agent.learner.watch.look()
     assert found is not None and found.most_in_a_row == 1
     assert any(name.startswith(named) for name in found.names)
-    assert agent.watch.look() is None
+    assert agent.learner.watch.look() is None
     rows, latents = replay.gather(bad)
     for key, value in found.batch.items():
         kind, _, name = key.partition("/")

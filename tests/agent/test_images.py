@@ -220,7 +220,7 @@ def test_every_core_acts_on_images_and_learns_from_them(make_seeing_agent: Make,
     agent = make_seeing_agent(core=core)
     replay = make_replay(agent)
     agent.attach(replay)
-    before = [parameter.detach().clone() for parameter in agent.parameters]
+    before = [parameter.detach().clone() for parameter in agent.learner.parameters]
     for _ in range(3):  # the warm-up begins at a learning rate of 0
         agent.update(replay.sample(agent.config.train.batch_size))
     metrics = agent.take_metrics()
@@ -266,10 +266,10 @@ def test_imagination_costs_and_yields_what_it_does_without_images(make_seeing_ag
     agent = make_seeing_agent()
     state, z = agent.world_model.rssm.initial(4)
     h = torch.zeros(4, agent.world_model.rssm.core.feature_size)
-    frozen = agent.frozen_world_model.module
+    frozen = agent.learner.frozen_world_model.module
     frozen.encoder.forward = frozen.decoder.forward = functools.partial(pytest.fail, "imagination looked at images")
     from agent.world_model.rssm import Latent
 
     start = Latent({key: value.unsqueeze(0) for key, value in state.items()}, h.unsqueeze(0), z.unsqueeze(0))
-    features, actions = agent._imagine(start)
+    features, actions = agent.learner._imagine(start)
     assert features.shape == (6, 4, agent.world_model.rssm.feature_size) and actions.shape == (5, 4, 3)

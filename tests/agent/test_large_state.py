@@ -55,7 +55,7 @@ def act_through(agent: Agent, amount: int, steps: int, first: Tensor) -> dict[st
     rssm, carry = agent.world_model.rssm, agent.initial(amount)
     columns: list[dict[str, Tensor]] = []
     features: list[Tensor] = []
-    agent.frozen_actor.module.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].clone()))
+    agent.learner.frozen_actor.module.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].clone()))
     for t in range(steps):
         seen = {"place": torch.randn(amount, 3), "signal": torch.randint(4, (amount,))}
         torch.manual_seed(t)
@@ -204,7 +204,7 @@ def test_imagination_reads_the_memory_after_every_step(make: Make) -> None:
     rssm = agent.world_model.rssm
     z = torch.nn.functional.one_hot(torch.randint(rssm.classes, (2, 3, rssm.groups)), rssm.classes).float()
     start = Latent({"M": torch.randn(2, 3, 8, 8)}, torch.randn(2, 3, 8), z)
-    found = agent._judged(*agent._imagine(start))
+    found = agent.learner._judged(*agent.learner._imagine(start))
     assert found.feature.shape == (agent.config.behavior.imagination_horizon + 1, 6, rssm.feature_size)
     state, code, no = {"M": start.state["M"].flatten(0, 1)}, z.flatten(0, 1), torch.zeros(6, dtype=torch.bool)
     for t, feature in enumerate(found.feature):
@@ -221,10 +221,10 @@ def test_imagination_reads_the_memory_after_every_step(make: Make) -> None:
 @pytest.mark.parametrize("gradient", ["reinforce", "dynamics"])
 def test_every_weight_learns(make: Make, gradient: str, read: bool) -> None:
     agent, replay = make(*FAST, f"rssm.read_after_observation={str(read).lower()}", f"behavior.gradient={gradient}")
-    before = [parameter.detach().clone() for parameter in agent.parameters]
+    before = [parameter.detach().clone() for parameter in agent.learner.parameters]
     for _ in range(2):
         agent.update(replay.sample(4))
-    assert not any(torch.equal(a, b) for a, b in zip(agent.parameters, before, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(agent.learner.parameters, before, strict=True))
     assert all(np.isfinite(list(agent.take_metrics().values())))
 
 
@@ -237,11 +237,11 @@ def test_metrics_tell_of_the_core(make: Make, monkeypatch: pytest.MonkeyPatch) -
     windows = torch.tensor([[0, 1], [8, 24]])
 
     def optimize(gradients: list[Tensor], fine: Tensor) -> dict[str, Tensor]:
-        of = dict(zip(map(id, agent.parameters), gradients, strict=True))
+        of = dict(zip(map(id, agent.learner.parameters), gradients, strict=True))
         seen["gradient"] = torch.cat([of[id(parameter)].flatten() for parameter in core.parameters()]).norm().item()
         return {}
 
-    monkeypatch.setattr(agent.optimizer, "step", optimize)
+    monkeypatch.setattr(agent.learner.optimizer, "step", optimize)
     agent.update(windows)
     metrics = agent.take_metrics()
     after = heads_of(replay)["state/M"]
@@ -259,7 +259,7 @@ def updated(agent: Agent, replay: Replay, times: int) -> None:
 
 def answers(agent: Agent) -> list[Tensor]:
     """What the core and its frozen twin answer to the same input."""
-    cores = (agent.world_model.rssm.core, agent.frozen_world_model.module.rssm.core)
+    cores = (agent.world_model.rssm.core, agent.learner.frozen_world_model.module.rssm.core)
     x, state = torch.ones(1, agent.world_model.rssm.input_size), {"M": torch.ones(1, 8, 8)}
     return [core.step(x, state, torch.tensor([False]))[0].detach() for core in cores]
 
@@ -288,13 +288,13 @@ def test_a_schedule_goes_on_in_a_loaded_agent(make: Make) -> None:
     assert other.world_model.rssm.core.factor == 1
     other_replay.load_state_dict(copy.deepcopy(replay.state_dict()))
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
-    assert other.world_model.rssm.core.factor == other.frozen_world_model.module.rssm.core.factor == 2
+    assert other.world_model.rssm.core.factor == other.learner.frozen_world_model.module.rssm.core.factor == 2
     for ours, theirs in zip(answers(agent), answers(other), strict=True):
         assert torch.equal(ours, theirs)
     for one, rows in ((agent, replay), (other, other_replay)):
         torch.manual_seed(7)
         updated(one, rows, 2)
-    for ours, theirs in zip(agent.parameters, other.parameters, strict=True):
+    for ours, theirs in zip(agent.learner.parameters, other.learner.parameters, strict=True):
         assert torch.equal(ours, theirs)
 
 

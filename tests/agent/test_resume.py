@@ -262,7 +262,7 @@ def test_too_many_skipped_updates_end_the_run_and_leave_the_checkpoint(
 ) -> None:
     train(small_config(80, NEVER), tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.pt")}
-    monkeypatch.setattr("agent.agent.replay_value_loss", lambda *arguments: torch.full((7, 4), torch.inf))
+    monkeypatch.setattr("agent.learner.replay_value_loss", lambda *arguments: torch.full((7, 4), torch.inf))
     with pytest.raises(UserError, match="not finite at .* loss/replay_value.*train.max_skipped"):
         train(small_config(400, NEVER, "train.max_skipped=3"), tmp_path)
     assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.pt")}

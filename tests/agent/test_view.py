@@ -37,7 +37,7 @@ def given(make_agent: Make) -> Make:
 
     def make(core: str = "gru", *settings: str) -> tuple[Agent, Sequences]:
         agent = make_agent(REALS, settings, core=core)
-        for parameter in agent.parameters:
+        for parameter in agent.learner.parameters:
             parameter.data += 0.1 * torch.randn_like(parameter)
         rssm = agent.world_model.rssm
         state, _ = rssm.initial(B)
@@ -103,7 +103,7 @@ def test_numbers_are_in_fp32_where_products_are_in_bf16(given: Make, core: str) 
     agent, sequences = given(core, "precision=bf16")
     found = predict(agent, sequences, CONTEXT, generator(), act=True)
     assert found.model_reward.dtype == found.model["place"].dtype == torch.float32
-    rssm = agent.frozen_world_model.module.rssm
+    rssm = agent.learner.frozen_world_model.module.rssm
     seen = rssm.core.inspect(torch.randn(T, rssm.input_size).bfloat16(), torch.arange(T) == 0)
     assert all(part is None or (part.dtype == torch.float32 and part.isfinite().all()) for part in seen)
     assert seen.weights is not None or seen.size is not None

@@ -48,9 +48,9 @@ def make_agent(core: str, ranks: Ranks) -> Agent:
     agent = Agent(SPACES, ACTIONS[core], settings(core), CPU, ranks)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in agent.parameters:
+        for parameter in agent.learner.parameters:
             parameter += 0.3 * torch.randn(parameter.shape, generator=random) / max(parameter.shape) ** 0.5
-    agent._refresh()
+    agent.learner.refresh()
     return agent
 
 
@@ -120,12 +120,12 @@ def results(agent: Agent, replay: Replay) -> dict[str, Any]:
 def skip(agent: Agent, replay: Replay, folder: Path) -> dict[str, Any]:
     """An update that is not finite on rank 1 alone."""
     agent.take_metrics()
-    before = [parameter.detach().clone() for parameter in agent.parameters]
+    before = [parameter.detach().clone() for parameter in agent.learner.parameters]
     if agent.ranks.rank == 1:
         replay._rows["reward"][0, 3] = torch.nan
     agent.update(torch.tensor([[0, 0], [0, 16]]))
-    same = all(torch.equal(one, other) for one, other in zip(before, agent.parameters, strict=True))
-    skipped, in_a_row = agent.take_metrics()["skipped_updates"], int(agent.watch.in_a_row)
+    same = all(torch.equal(one, other) for one, other in zip(before, agent.learner.parameters, strict=True))
+    skipped, in_a_row = agent.take_metrics()["skipped_updates"], int(agent.learner.watch.in_a_row)
     told = Incidents(folder / "not_finite", most=2).look(agent, 7)
     return {"same": same, "skipped": skipped, "in_a_row": in_a_row, "told": told}
 
