@@ -1,5 +1,6 @@
 """Regions of the update as compiled functions, and where what was compiled is kept."""
 
+import copyreg
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,21 @@ import torch
 Mode = Literal["eager", "graph", "full"]
 """How the update runs: as it is; as one CUDA graph; with its regions compiled, on a GPU as one graph of these."""
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def _memory_format(name: str) -> torch.memory_format:
+    """The format `torch.<name>`."""
+    return getattr(torch, name)
+
+
+def _reduce(form: torch.memory_format) -> tuple[Callable[[str], torch.memory_format], tuple[str]]:
+    return _memory_format, (str(form).removeprefix("torch."),)
+
+
+# The compiler's cache knows code by a hash of pickled arguments, memory formats among them, and pickle says of those
+# which module has them: the first one loaded that imports torch, which is another in each program. Then what one
+# process has compiled would be unknown to the next.
+copyreg.pickle(torch.memory_format, _reduce)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

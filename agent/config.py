@@ -316,7 +316,14 @@ def _core_section(name: str) -> type[Any]:
     class Core(base):
         name: str
 
+        def __reduce__(self) -> tuple[Any, ...]:  # by its name, as another process cannot import a class made here
+            return _core_of, (dataclasses.asdict(self),)
+
     return Core
+
+
+def _core_of(values: Values) -> Any:
+    return _core_section(values["name"])(**values)
 
 
 def _known_keys(core: str) -> list[str]:

@@ -1,10 +1,22 @@
-"""The global random generators: where they are, and putting them there again."""
+"""What makes runs repeat: the global random generators, where they are and putting them there again; and kernels."""
 
+import os
 import random
 from typing import Any
 
 import numpy as np
 import torch
+
+from agent.schema import Config
+
+
+def make_deterministic(config: Config, device: torch.device) -> None:
+    """Choose kernels that give the same bits every time: always on the CPU, where it costs little, and on request."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
+    on_cpu = device.type == "cpu"
+    torch.use_deterministic_algorithms(on_cpu or config.deterministic, warn_only=not on_cpu)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def seed_everything(seed: int) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import itertools
 import math
-import os
 import signal
 import sys
 import time
@@ -19,13 +18,14 @@ from agent import checkpoint
 from agent import logdir as logdirs
 from agent.agent import Agent, Carry
 from agent.arrays import as_arrays, as_tensors, tensors
+from agent.compile_ahead import CompilingAhead, is_wanted, mode_before
 from agent.dealing import deal, parts
 from agent.distributed import Ranks, meeting
 from agent.errors import UserError
 from agent.incidents import Incidents, tell_broken
 from agent.introduction import Foretelling, introduce, planned_updates
 from agent.logging import LiveLine, MetricsLogger, NoLogger, memory, tensorboard_writer
-from agent.random_state import random_state, seed_everything, set_random_state
+from agent.random_state import make_deterministic, random_state, seed_everything, set_random_state
 from agent.ratio import Ratio
 from agent.replay import Replay, choose_device, storage_bytes
 from agent.replay_files import ReplayFiles
@@ -48,15 +48,6 @@ def choose_training_device(config: Config) -> torch.device:
             "device: cuda, but torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch"
         )
     return torch.device("cuda" if available and config.device != "cpu" else "cpu")
-
-
-def make_deterministic(config: Config, device: torch.device) -> None:
-    """Choose kernels that give the same bits every time: always on the CPU, where it costs little, and on request."""
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
-    on_cpu = device.type == "cpu"
-    torch.use_deterministic_algorithms(on_cpu or config.deterministic, warn_only=not on_cpu)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def train(config: Config, logdir: str | Path | None = None, news: Sequence[str] = ()) -> Path:
@@ -114,6 +105,7 @@ class Run:
         self.stop_signal: int | None = None
         self.news: Sequence[str] = ()  # lines to tell at the start
         self.streams: Streams | None = None
+        self.ahead: CompilingAhead | None = None
         self.returns: list[float] = []  # of the episodes since the last checkpoint
         self.best = -math.inf  # highest mean of those at a checkpoint
         self.saved_frames = -1  # at the newest checkpoint
@@ -151,13 +143,19 @@ class Run:
                     stop = self._loop(row)
             finally:
                 self.streams.close()
+                if self.ahead is not None:
+                    self.ahead.stop()
             self._finish(stop)
 
     def _set_up(self, found: tuple[Path, dict[str, Any]] | None) -> Row:
         """Make agent and replay, or restore them, open the log and tell what will run; the row to begin with."""
         assert self.streams is not None
         spaces = self.streams.observation_space, self.streams.action_space
+        if is_wanted(self.config, self.device, self.ranks):
+            self.ahead = CompilingAhead(*spaces, self.config, self.device)
         self.agent = Agent(*spaces, self.config, self.device, self.ranks)
+        if self.ahead is not None:
+            self.agent.use(mode_before(self.device))
         self.replay = self._make_replay()
         self.agent.attach(self.replay)
         self.carry = self.agent.initial(self.amount)
@@ -235,10 +233,9 @@ class Run:
         """Run to the end (0), or until any rank has a signal: its number."""
         assert self.streams is not None
         config, agent, replay = self.config, self.agent, self.replay
-        saved = logged = time.monotonic()
-        logged_frames, logged_updates = self.frames, agent.updates
+        saved, self._logged = time.monotonic(), (time.monotonic(), self.frames, agent.updates)
         log_rows = max(1, config.log.every // (config.env.amount * config.env.action_repeat))
-        foretell = Foretelling(agent.updates)
+        self._foretell = Foretelling(agent.updates)
         show_open_loop = OpenLoopPictures(config, self.logger, self.line.note)
         batch, prefill = config.train.batch_size // self.ranks.size, -(-config.replay.prefill // self.ranks.size)
         stop = 0
@@ -267,30 +264,43 @@ class Run:
                 self._discard_broken()
                 self._report_episodes()
             self.line.update(self.frames, agent.updates)
-            if told := foretell(agent.updates, planned_updates(config)):
+            if self.ahead is not None and self.ahead.is_done():
+                self._go_on_compiled()
+            if self.ahead is None and (told := self._foretell(agent.updates, planned_updates(config))):
                 self.line.note(told)
             if self.ranks.leads:
                 show_open_loop(agent, replay, self.frames)
-            now = time.monotonic()
             if self.rows % log_rows == 0:
-                rates = {
-                    "updates": agent.updates,
-                    "time/updates_per_second": (agent.updates - logged_updates) / (now - logged),
-                    "time/frames_per_second": (self.frames - logged_frames) / (now - logged),
-                    "time/memory_gib": memory(self.device.type) / 2**30,
-                }
-                metrics = agent.take_metrics()
-                self.logger.write(self.frames, metrics | rates)
-                self.incidents.check_acting(self.carry, self.frames)
-                if told := self.incidents.look(agent, self.frames):
-                    self.line.note(told)
-                if metrics:
-                    agent.schedule(metrics)
-                logged, logged_frames, logged_updates = now, self.frames, agent.updates
+                self._log()
             if due:
                 self.save()
                 saved = time.monotonic()
         return stop
+
+    def _go_on_compiled(self) -> None:
+        self.ahead = None
+        self.agent.use("full")
+        self._foretell = Foretelling(self.agent.updates)
+        self.line.note(f"compiled    {time.monotonic() - self.started:.0f} s after the start; the next update loads it")
+
+    def _log(self) -> None:
+        """Write the means since the last time, and look after what they show."""
+        agent, now = self.agent, time.monotonic()
+        before, frames, updates = self._logged
+        rates = {
+            "updates": agent.updates,
+            "time/updates_per_second": (agent.updates - updates) / (now - before),
+            "time/frames_per_second": (self.frames - frames) / (now - before),
+            "time/memory_gib": memory(self.device.type) / 2**30,
+        }
+        metrics = agent.take_metrics()
+        self.logger.write(self.frames, metrics | rates)
+        self.incidents.check_acting(self.carry, self.frames)
+        if told := self.incidents.look(agent, self.frames):
+            self.line.note(told)
+        if metrics:
+            agent.schedule(metrics)
+        self._logged = now, self.frames, agent.updates
 
     def _receive(self) -> Row:
         """The next row; where an environment breaks too often, on whatever rank, all save and end."""
@@ -440,6 +450,8 @@ class Run:
             ]
             if changed:
                 lines.append(f"            written with {'; '.join(changed)}: numbers may differ in their last digits")
+        if self.ahead is not None:
+            lines.append("compiling   in another process; until it is done, updates run uncompiled")
         for text in lines:
             self.line.note(text)
         self._first_update_told = False

@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 
 import envs
 from agent.agent import Agent
-from agent.replay import Replay
+from agent.rehearsal import rehearsing
 from agent.schema import Config
 from agent.training import choose_training_device
 
@@ -38,7 +38,8 @@ def time_updates(config: Config, started: float, amount: int, show: Callable[[st
         `kernels` an update and the share `busy` of the time in which one was running.
     """
     device = choose_training_device(config)
-    agent, replay = _agent_with_noise(config, device)
+    env = envs.make(config.env.name, action_repeat=config.env.action_repeat, options=config.env.options)
+    agent, replay = rehearsing(env.observation_space, env.action_space, config, device)
 
     def update() -> None:
         agent.update(replay.sample(config.train.batch_size))
@@ -66,29 +67,6 @@ def time_updates(config: Config, started: float, amount: int, show: Callable[[st
     if device.type == "cuda":
         row |= _profiled(update, device)
     return row | {"loss_dynamics": agent.take_metrics()["loss/dynamics"]}  # not finite: it was no real update
-
-
-def _agent_with_noise(config: Config, device: torch.device) -> tuple[Agent, Replay]:
-    """An agent, and a replay of four random sequences for each environment."""
-    env = envs.make(config.env.name, action_repeat=config.env.action_repeat, options=config.env.options)
-    torch.manual_seed(config.seed)
-    agent = Agent(env.observation_space, env.action_space, config, device)
-    rows, latents = agent.row_specs()
-    streams, window = config.env.amount, config.train.batch_length + 1
-    replay = Replay(
-        rows, latents, streams=streams, capacity=4 * window * streams, window=window,
-        device=device, seed=0, online_queue=False, stride=agent.replay_stride,
-    )  # fmt: skip
-    carry = agent.initial(streams)
-    flags = torch.zeros(streams, dtype=torch.bool)
-    for _ in range(4 * window):
-        samples = [env.observation_space.sample() for _ in range(streams)]
-        row = {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in samples[0]}
-        action = torch.stack([torch.as_tensor(env.action_space.sample()) for _ in range(streams)])
-        row |= {"reward": torch.rand(streams), "is_first": flags, "is_last": flags, "is_terminal": flags}
-        replay.add(agent.row(row, action, carry))
-    agent.attach(replay)
-    return agent, replay
 
 
 def _now(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:

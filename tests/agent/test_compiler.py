@@ -1,9 +1,13 @@
 """Where compiled code is kept."""
 
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from agent.compiler import CACHE_VARIABLE, use_lasting_cache
 
@@ -33,3 +37,18 @@ def test_without_a_folder_to_write_to_pytorch_chooses(tmp_path: Path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     use_lasting_cache()
     assert CACHE_VARIABLE not in os.environ
+
+
+def test_a_memory_format_is_pickled_alike_in_every_program() -> None:
+    """Code in the cache is found by a hash of such bytes, which named the first module loaded that imports torch."""
+    show = "import agent.compiler, pickle, torch; print(pickle.dumps(torch.contiguous_format).hex())"
+    first = (
+        "import sys, types; first = sys.modules['first'] = types.ModuleType('first'); import torch; first.torch = torch"
+    )
+    found = {
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        for program in (show, f"{first}; import torch; first.torch = torch; {show}")
+    }
+    assert len(found) == 1
+    for form in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d):
+        assert pickle.loads(pickle.dumps(form)) is form

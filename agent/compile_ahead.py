@@ -1,0 +1,76 @@
+"""Compiling in another process while this one already trains.
+
+A user should not wait a minute for the first update, and compiling takes that long. So a run begins uncompiled: on a
+GPU with the captured graph of single kernels, which is ready within seconds. Meanwhile a second process makes one
+update of an agent of the same shapes and so fills the compiler's cache. When it has ended the run goes on compiled, for
+which it then only has to load.
+"""
+
+import multiprocessing
+import signal
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+from gymnasium import spaces
+
+from agent.compiler import Mode, use_lasting_cache
+from agent.distributed import Ranks
+from agent.random_state import make_deterministic
+from agent.rehearsal import rehearsing
+from agent.schema import Config
+from envs.workers import die_with_parent
+
+
+def is_wanted(config: Config, device: torch.device, ranks: Ranks) -> bool:
+    """Whether a run should begin uncompiled.
+
+    Not where it must give the same bits every time, as nobody knows the update at which the compiler will be done; and
+    not with several ranks, which would have to change over at the same one.
+    """
+    return config.compile == "auto" and device.type == "cuda" and not config.deterministic and ranks.size == 1
+
+
+def mode_before(device: torch.device) -> Mode:
+    """How updates run until the compiler is done."""
+    return "graph" if device.type == "cuda" else "eager"
+
+
+class CompilingAhead:
+    """The process that compiles; it ends by itself, with this one, or by `stop`."""
+
+    def __init__(
+        self, observations: spaces.Space[Any], action: spaces.Space[Any], config: Config, device: torch.device
+    ):
+        use_lasting_cache()  # before the environment is handed on
+        context = multiprocessing.get_context("spawn")  # no process that has used CUDA may fork
+        arguments = observations, action, config, device
+        self._process: SpawnProcess = context.Process(target=_live, args=arguments, daemon=True)
+        self._process.start()
+
+    def is_done(self) -> bool:
+        """Whether it has ended. If that was an error the run, which compiles the same code next, will meet it too."""
+        return not self._process.is_alive()
+
+    def stop(self) -> None:
+        """End it now."""
+        self._process.terminate()
+        self._process.join()
+
+
+def _live(*arguments: Any) -> None:
+    """The whole life of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a group, but the run decides
+    die_with_parent()
+    compile_update(*arguments)
+
+
+def compile_update(
+    observations: spaces.Space[Any], action: spaces.Space[Any], config: Config, device: torch.device
+) -> None:
+    """Make one compiled update as a run of this configuration would, for the cache."""
+    make_deterministic(config, device)  # code is kept under a name to which this belongs
+    agent, replay = rehearsing(observations, action, config, device)
+    agent.use("full")
+    agent.update(replay.sample(config.train.batch_size))
+    agent.take_metrics()  # waits for the device

@@ -1,0 +1,186 @@
+"""A run that begins uncompiled while another process compiles."""
+
+import dataclasses
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from agent import training
+from agent.compile_ahead import CompilingAhead, is_wanted
+from agent.distributed import Ranks
+from agent.results import read_metric
+from agent.schema import Config
+from agent.training import train
+
+Make = Callable[..., Any]
+
+ROOT = Path(__file__).parents[2]
+OBSERVATIONS = gymnasium.spaces.Dict({"place": gymnasium.spaces.Box(-1, 1, (3,), np.float32)})
+ACTION = gymnasium.spaces.Discrete(3)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def alive(process: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_only_a_run_that_need_not_repeat_begins_uncompiled(debug_config: Make) -> None:
+    config: Config = dataclasses.replace(debug_config(), compile="auto")
+    assert is_wanted(config, CUDA, Ranks())
+    assert not is_wanted(config, CPU, Ranks())
+    assert not is_wanted(config, CUDA, Ranks(0, 2))
+    assert not is_wanted(dataclasses.replace(config, compile="full"), CUDA, Ranks())
+    assert not is_wanted(dataclasses.replace(config, deterministic=True), CUDA, Ranks())
+
+
+def test_a_configuration_reaches_another_process(debug_config: Make) -> None:
+    for core in ("gru", "mlstm"):
+        config = debug_config(core=core)
+        assert pickle.loads(pickle.dumps(config)) == config
+
+
+class Compiler:
+    """In place of the process: done when it is asked for the tenth time."""
+
+    def __init__(self, *arguments: Any):
+        self.asked = 0
+        self.stopped = False
+
+    def is_done(self) -> bool:
+        self.asked += 1
+        return self.asked == 10
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.fixture
+def config(debug_config: Make, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """Of a run that begins uncompiled; its regions are traced as for compilation, and then not built."""
+
+    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+
+    torch.compiler.reset()
+    monkeypatch.setattr("agent.learner.compiled", traced)
+    monkeypatch.setattr(training, "is_wanted", lambda *arguments: True)
+    settings = ["env.parallel=false", "log.tensorboard=false", "log.every=4", "replay.prefill=32", "train.batch_size=2"]
+    settings += ["train.batch_length=4", "behavior.imagination_horizon=2", "train.ratio=2", "env.amount=2"]
+    config: Config = debug_config("env.name=gym_CartPole-v1", "compile=auto", *settings)
+    return dataclasses.replace(config, steps=80)
+
+
+def test_a_run_goes_on_compiled_when_the_compiler_is_done(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compilers: list[Compiler] = []
+    modes: list[str] = []
+    monkeypatch.setattr(training, "CompilingAhead", lambda *arguments: compilers.append(Compiler()) or compilers[0])
+    use = training.Agent.use
+
+    def noted(agent: training.Agent, mode: Any) -> None:
+        modes.append(mode)
+        use(agent, mode)
+
+    monkeypatch.setattr(training.Agent, "use", noted)
+    train(config, tmp_path / "run")
+    told = capsys.readouterr().err
+    assert modes == ["eager", "full"]
+    assert told.index("compiling   in another process") < told.index("compiled  ")
+    assert [compiler.asked for compiler in compilers] == [10]
+    _, losses = read_metric(tmp_path / "run", "loss/reconstruction")
+    assert len(losses) > 2 and all(map(math.isfinite, losses))
+
+
+def test_a_run_that_ends_before_ends_the_compiler(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = Compiler()
+    monkeypatch.setattr(training, "CompilingAhead", lambda *arguments: compiler)
+    train(dataclasses.replace(config, steps=6), tmp_path / "run")
+    assert compiler.stopped
+
+
+def test_the_process_can_be_stopped(debug_config: Make) -> None:
+    ahead = CompilingAhead(OBSERVATIONS, ACTION, debug_config(), CPU)
+    process = ahead._process.pid
+    assert process is not None and alive(process) and not ahead.is_done()
+    ahead.stop()
+    assert ahead.is_done() and not alive(process)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_the_process_ends_with_a_killed_run(tmp_path: Path) -> None:
+    program = tmp_path / f"{uuid.uuid4()}.py"
+    program.write_text("""
+if __name__ == "__main__":
+    import sys
+    import torch
+    import agent
+    from agent.compile_ahead import CompilingAhead
+    config = agent.resolve("gym_CartPole-v1", size="debug", device="cpu")
+    env = agent.make_env(config)
+    ahead = CompilingAhead(env.observation_space, env.action_space, config, torch.device("cpu"))
+    print(ahead._process.pid, flush=True)
+    sys.stdin.read()
+""")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, program], env=environment, stdin=pipe, stdout=pipe, text=True) as main:
+        assert main.stdout is not None
+        process = int(main.stdout.readline())
+        assert alive(process)
+        main.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60  # only of a failure
+    while alive(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+FILL = """
+import sys
+if __name__ == "__main__":
+    import torch
+    from torch._dynamo.utils import counters
+    import agent
+    from agent.compile_ahead import CompilingAhead, compile_update
+    config = agent.resolve("gym_CartPole-v1", size="debug", device="cpu", settings=sys.argv[1:])
+    env = agent.make_env(config)
+    arguments = env.observation_space, env.action_space, config, torch.device("cpu")
+    ahead = CompilingAhead(*arguments)
+    ahead._process.join()
+    assert ahead._process.exitcode == 0
+    counters.clear()
+    compile_update(*arguments)
+    print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+@pytest.mark.slow
+def test_the_run_loads_all_that_the_process_has_compiled(tmp_path: Path) -> None:
+    (tmp_path / "fill.py").write_text(FILL)
+    settings = ["behavior.imagination_horizon=1", "train.batch_length=4", "train.batch_size=2", "env.amount=1"]
+    settings += ["heads.encoder_layers=1", "heads.decoder_layers=1", "heads.actor_layers=1", "heads.critic_layers=1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "fill.py", *settings], env=environment, capture_output=True, text=True, check=True
+    )
+    hits, misses = map(int, done.stdout.split())
+    assert hits > 5 and misses == 0
