@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 from agent import config as configuration
 from agent import logdir as logdirs
 from agent.errors import UserError
-from agent.probe.report import write_text
 from agent.results import read_metric
 from agent.schema import Config
 from agent.side_by_side import Job, SideBySide
 from agent.training import choose_training_device
+from agent.writing import write_text
 
 LAST_EPISODES = 10
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 from tqdm import tqdm
 
 from agent.errors import UserError
-from agent.probe.report import write_text
+from agent.writing import write_text
 
 POLL_SECONDS = 0.3
 

@@ -1,6 +1,6 @@
 """Train a Dreamer agent, or go on with a run that was stopped."""
 
-from agent.command_line import command, config_from_arguments, make_parser
+from agent.command_line import command, config_from_arguments, make_parser, names
 from agent.errors import UserError
 
 
@@ -18,7 +18,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", metavar="N,...", help="several runs side by side, in <logdir>/seed<n>")
     arguments = parser.parse_args()
-    words = [] if arguments.seeds is None else arguments.seeds.split(",")
+    words = [] if arguments.seeds is None else names(arguments.seeds)
     if not all(word.isdecimal() and int(word) < 2**32 for word in words):
         raise UserError(f"--seeds {arguments.seeds}: give whole numbers from 0 to {2**32 - 1}, as in 0,1,2")
     if words and arguments.seed is not None:

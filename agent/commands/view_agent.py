@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from agent.command_line import command, make_parser
+from agent.command_line import command, make_parser, names
 from agent.errors import UserError
 
 VIEWS = ("open_loop", "imagined", "memory", "policy")
@@ -54,7 +54,7 @@ def _checked(arguments: Any) -> list[str]:
     """
     if arguments.logdir is None:
         raise UserError("--logdir is missing: give the folder of a training run")
-    views = arguments.show.split(",")
+    views = names(arguments.show)
     for view in views:
         if view not in VIEWS:
             raise UserError(f"--show {view}: give some of {', '.join(VIEWS)}, with commas between them")

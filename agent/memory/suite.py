@@ -16,10 +16,10 @@ from agent.memory.config import Evaluation, Run, Suite
 from agent.memory.report import rows, sentence, table
 from agent.memory.scoring import Result, task_of
 from agent.memory.worker import RESULT
-from agent.probe.report import write_json, write_text
 from agent.schema import Config
 from agent.side_by_side import Job, SideBySide
 from agent.training import choose_training_device
+from agent.writing import write_json, write_text
 
 
 def run_suite(suite: Suite, out: Path, notify: Callable[[str], None]) -> None:

@@ -8,8 +8,8 @@ from agent import config as configuration
 from agent.command_line import run_main
 from agent.memory.config import Evaluation
 from agent.memory.scoring import score_run
-from agent.probe.report import write_json
 from agent.training import train
+from agent.writing import write_json
 
 RESULT = "memory.json"
 """The file in a run's folder that says that it is finished."""

@@ -1,13 +1,8 @@
 """What the probe says at the end: one row for each experiment, as a Markdown table."""
 
-import json
-import os
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from agent.errors import UserError
 
 Row = dict[str, Any]
 """An experiment's configuration under `config`, its names, and what `Trainer.result` gives."""
@@ -67,27 +62,3 @@ def _cells(row: Row) -> list[str]:
         f"{row['seeds_per_hour']:.0f}",
         f"{row['stacked_per_hour']:.0f}, {row['alone_per_hour']:.0f}" if "alone_per_hour" in row else "",
     ]
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write plain values, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    write_text(file, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror or error}); choose another --out") from None

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from agent.errors import UserError
 from agent.probe.config import Experiment, Probe, as_values
-from agent.probe.report import Row, sentence, table, write_json, write_text
+from agent.probe.report import Row, sentence, table
 from agent.probe.training import Trainer, choose_device, run, seeds_per_hour
+from agent.writing import write_json, write_text
 
 
 def run_suite(experiments: Sequence[Experiment], out: Path, alone: int, notify: Callable[[str], None]) -> None:
