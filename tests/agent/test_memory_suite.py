@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from agent.agent import Agent
+from agent.environment import make_env
 from agent.intervals import interval, t_quantile
 from agent.memory.config import default_evaluation, load_suite, suite_names
 from agent.memory.scoring import _interpolate, _learning
@@ -63,6 +66,19 @@ def test_every_suite_resolves_and_gives_each_run_a_seed_of_its_own(name: str) ->
         assert run.name.endswith(f"seed{run.config.seed}")
         assert run.config.core.name == run.core
         assert run.config.env.name.startswith("probe_")
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_the_cores_of_a_suite_are_compared_at_equal_parameters(name: str) -> None:
+    of_core = {run.core: run.config for run in load_suite(name, seeds=1, device="cpu").runs}  # on the last probe
+    counts = {}
+    for core, config in of_core.items():
+        env = make_env(config)
+        agent = Agent(env.observation_space, env.action_space, config, torch.device("cpu"))
+        counts[core] = sum(agent.learner.parameter_counts().values())
+        env.close()
+    assert len(counts) >= 3
+    assert max(counts.values()) < 1.1 * min(counts.values()), counts
 
 
 @pytest.mark.parametrize(
