@@ -135,7 +135,7 @@ class Learner:
 
     def _known(self, rows: dict[str, Tensor], index: Tensor, uniform: Tensor) -> tuple[Batch, Tensor, Known]:
         """Region: what comes before the memory. Codes `index` (B, G) of the context, noise `uniform` (B, T, G)."""
-        batch, rssm = self._batch(rows), self.world_model.rssm
+        batch, rssm = self.as_batch(rows), self.world_model.rssm
         z = one_hot(index, rssm.classes)
         token = self.world_model.encoder(batch.observation, self.dtype)
         return batch, z, rssm.know(z, batch.previous_action, batch.first, token, uniform)
@@ -205,7 +205,7 @@ class Learner:
         numbers = self.world_model.rssm.core.diagnostics({key: value[:, -1].detach() for key, value in states.items()})
         return {f"core/{name}": number for name, number in numbers.items()}
 
-    def _batch(self, rows: dict[str, Tensor]) -> Batch:
+    def as_batch(self, rows: dict[str, Tensor]) -> Batch:
         """Rows (B, 1 + T, ...) -> the T steps to learn from. The action of the row before led to each step."""
         later = {key: value[:, 1:] for key, value in rows.items()}
         return Batch(

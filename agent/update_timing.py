@@ -11,18 +11,23 @@ from torch.autograd import DeviceType
 
 import envs
 from agent.agent import Agent
+from agent.plain_update import PlainUpdate
 from agent.rehearsal import rehearsing
+from agent.replay import Replay
 from agent.schema import Config
 from agent.training import choose_training_device
 
 WARM_UP = 20  # updates in which regions compile, the graph is captured and clocks rise
 CHUNK = 10  # updates between two readings of the clock, since waiting for a GPU costs time too
+PLAIN = 10  # plain updates to time, the first two apart
 PROFILED = 5  # updates whose kernels are counted
 
 Row = dict[str, Any]
 
 
-def time_updates(config: Config, started: float, amount: int, show: Callable[[str], None] | None = None) -> Row:
+def time_updates(
+    config: Config, started: float, amount: int, show: Callable[[str], None] | None = None, plain: bool = False
+) -> Row:
     """Measure the update of one configuration.
 
     Args:
@@ -30,12 +35,14 @@ def time_updates(config: Config, started: float, amount: int, show: Callable[[st
         started: `time.time()` at which this process began.
         amount: updates to time.
         show: given a table of the kernels in which an update spends most of its time.
+        plain: time the update as one would first write it, too: same model and precision, `agent.plain_update`.
 
     Returns:
         What ran (device, threads, parameters, ...); `first_update_s` and `steady_s`, from the start of the process to
         the end of the first and of the last warm-up update; `ms`, the median time of an update, with `ms_p10` and
         `ms_p90` over chunks of 10; `updates_per_s`; `peak_gib` of the GPU, or of the process on a CPU; on a GPU also
-        `kernels` an update and the share `busy` of the time in which one was running.
+        `kernels` an update and the share `busy` of the time in which one was running; if asked for, `plain_ms` and
+        `times_plain`, how many times `ms` that is.
     """
     device = choose_training_device(config)
     env = envs.make(config.env.name, action_repeat=config.env.action_repeat, options=config.env.options)
@@ -66,7 +73,21 @@ def time_updates(config: Config, started: float, amount: int, show: Callable[[st
     }  # fmt: skip
     if device.type == "cuda":
         row |= _profiled(update, device)
+    if plain:
+        row |= {"plain_ms": (slow := _plain_ms(agent, replay)), "times_plain": slow / median}
     return row | {"loss_dynamics": agent.take_metrics()["loss/dynamics"]}  # not finite: it was no real update
+
+
+def _plain_ms(agent: Agent, replay: Replay) -> float:
+    """Median time of the plain update."""
+    update = PlainUpdate(agent.learner)
+    times = []
+    for _ in range(PLAIN):
+        before = _now(agent.device)
+        rows, context = replay.gather(replay.sample(agent.config.train.batch_size))
+        update(rows, context)
+        times.append((_now(agent.device) - before) * 1000)
+    return statistics.median(times[2:])
 
 
 def _now(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:

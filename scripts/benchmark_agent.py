@@ -21,7 +21,7 @@ Row = dict[str, Any]
 COLUMNS = {
     "core": "", "size": "", "posterior": "", "precision": "", "batch": "", "length": "", "cache": "", "ms": ".2f",
     "ms_p10": ".2f", "ms_p90": ".2f", "updates_per_s": ".1f", "first_update_s": ".1f", "steady_s": ".1f",
-    "peak_gib": ".2f", "kernels": ".0f", "busy": ".2f", "error": "",
+    "peak_gib": ".2f", "times_plain": ".1f", "kernels": ".0f", "busy": ".2f", "error": "",
 }  # fmt: skip
 RECURRENT, OBSERVATION = "rssm.posterior=recurrent", "rssm.posterior=observation"
 # What is asked of every change first: each line is a core, a size and settings, and whether it is also timed with the
@@ -40,6 +40,8 @@ ON_CUDA: list[tuple[str, str, tuple[str, ...], bool]] = [
 ON_CPU: list[tuple[str, str, tuple[str, ...], bool]] = [
     ("gru", "1m", (RECURRENT, "precision=fp32"), False),
     ("gru", "1m", (RECURRENT, "precision=bf16"), False),
+    ("gru", "1m", (RECURRENT, "precision=fp32", "compile=full"), True),
+    ("gru", "1m", (RECURRENT, "precision=bf16", "compile=full"), True),
     ("ortho_mlstm", "1m", (OBSERVATION, "precision=fp32"), False),
     ("gru", "1m", (RECURRENT, "precision=fp32", "train.batch_size=8"), False),
     ("gru", "1m", (RECURRENT, "precision=fp32", "train.batch_length=32"), False),
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--updates", metavar="N", type=int, default=200, help="updates to time (200)")
     parser.add_argument("--threads", metavar="N", type=int, help="threads on the CPU")
     parser.add_argument("--kernels", action="store_true", help="also list the kernels that take longest, on stderr")
+    parser.add_argument("--plain", action="store_true", help="also time the update as one would first write it")
     parser.add_argument(
         "--inductor", metavar="key=value", nargs="*", default=[], help="compiler settings, as combo_kernels=true"
     )
@@ -94,7 +97,7 @@ def main() -> None:
     for key, value in inductor.items():
         setattr(torch._inductor.config, key, value)
     show = (lambda text: print(text, file=sys.stderr)) if arguments.kernels else None
-    print(json.dumps(time_updates(config, STARTED, arguments.updates, show)))
+    print(json.dumps(time_updates(config, STARTED, arguments.updates, show, arguments.plain)))
 
 
 def _check(arguments: Any) -> None:
@@ -153,6 +156,7 @@ def _in_its_own_process(
     command = [sys.executable, __file__, "--updates", str(arguments.updates)]
     for flag, value in flags.items():
         command += [] if value is None else [f"--{flag}", str(value)]
+    command += ["--plain"] if arguments.plain else []
     command += [] if arguments.threads is None else ["--threads", str(arguments.threads)]
     command += ["--set", *arguments.set, *settings, "--inductor", *arguments.inductor]
     if seconds <= 0:

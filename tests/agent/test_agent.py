@@ -208,7 +208,7 @@ def test_the_action_before_each_step_is_that_of_the_row_before(make_agent: Make,
     agent = make_agent(gymnasium.spaces.Discrete(60))
     rows, _ = make_replay(agent).gather(WINDOWS)
     rows["action"] = torch.arange(rows["action"].numel()).view_as(rows["action"])  # (B, 1 + T), all distinct
-    batch = agent.learner._batch(rows)
+    batch = agent.learner.as_batch(rows)
     assert batch.previous_action.shape == (4, 8, 60)
     assert torch.equal(batch.previous_action.argmax(-1), rows["action"][:, :-1])
     for ours, key in (

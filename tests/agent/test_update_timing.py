@@ -19,7 +19,7 @@ def test_spans_that_overlap_count_once() -> None:
 def test_an_update_on_the_cpu_is_timed(debug_config: Callable[..., Config]) -> None:
     started = time.time()
     tables: list[str] = []
-    row = time_updates(debug_config("train.batch_length=4"), started, 1, tables.append)
+    row = time_updates(debug_config("train.batch_length=4"), started, 1, tables.append, plain=True)
     passed = time.time() - started
     assert row["updates"] == 2 * CHUNK
     assert 0 < row["ms_p10"] <= row["ms"] <= row["ms_p90"]
@@ -28,5 +28,6 @@ def test_an_update_on_the_cpu_is_timed(debug_config: Callable[..., Config]) -> N
     assert (row["core"], row["size"], row["batch"], row["length"]) == ("gru", "debug", 4, 4)
     assert (row["compile"], row["precision"], row["posterior"]) == ("eager", "fp32", "recurrent")
     assert row["peak_gib"] > 0.05
+    assert row["plain_ms"] > 0 and row["times_plain"] == row["plain_ms"] / row["ms"]
     assert 0 < row["loss_dynamics"] < 10
     assert "aten::" in tables[0]
