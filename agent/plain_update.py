@@ -16,7 +16,9 @@ Tensors = dict[str, Tensor]
 
 
 class PlainUpdate:
-    """`Learner.learn` on a learner's weights, with optimizer moments of its own."""
+    """`Learner.learn` on a learner's weights, with optimizer moments of its own; all products in fp32."""
+
+    dtype = torch.float32
 
     def __init__(self, learner: Learner):
         self.learner, self.count = learner, 0
@@ -41,7 +43,7 @@ class PlainUpdate:
         learner = self.learner
         batch = learner.as_batch(rows)
         posterior = self._observe(batch, part(context, "state"), context["z"])
-        feature = learner.world_model.rssm.feature(posterior.latent, learner.dtype)
+        feature = learner.world_model.rssm.feature(posterior.latent, self.dtype)
         losses, _ = learner.world_model.losses(batch, posterior, feature)
         features, actions = self._imagine(posterior.latent)
         returns = self._judge(features, actions, losses)
@@ -51,7 +53,7 @@ class PlainUpdate:
     def _observe(self, batch: Batch, state: Tensors, index: Tensor) -> Posterior:
         """Infer the states of a batch; codes `index` (B, G) before it."""
         model, rssm = self.learner.world_model, self.learner.world_model.rssm
-        token = model.encoder(batch.observation, self.learner.dtype)
+        token = model.encoder(batch.observation, self.dtype)
         z = torch.nn.functional.one_hot(index.long(), rssm.classes).float()
         uniform = torch.rand(*batch.first.shape, rssm.groups, device=token.device)
         latents, log_probs = [], []
@@ -75,11 +77,11 @@ class PlainUpdate:
         horizon = learner.config.behavior.imagination_horizon
         noise = learner.action.noise((horizon, h.shape[0]), h.device)
         uniform = torch.rand(horizon, h.shape[0], rssm.groups, device=h.device)
-        features, actions = [rssm.feature(Latent(state, h, z), learner.dtype)], []
+        features, actions = [rssm.feature(Latent(state, h, z), self.dtype)], []
         for t in range(horizon):
             actions.append(learner.behavior.actor(features[-1]).sample(noise[t]))
-            state, h, z = rssm.imagine_step(state, z, actions[-1], uniform[t], learner.dtype)
-            features.append(rssm.feature(Latent(state, h, z), learner.dtype))
+            state, h, z = rssm.imagine_step(state, z, actions[-1], uniform[t], self.dtype)
+            features.append(rssm.feature(Latent(state, h, z), self.dtype))
         return torch.stack(features), torch.stack(actions)
 
     def _judge(self, feature: Tensor, action: Tensor, losses: Tensors) -> Tensor:

@@ -35,7 +35,7 @@ def time_updates(
         started: `time.time()` at which this process began.
         amount: updates to time.
         show: given a table of the kernels in which an update spends most of its time.
-        plain: time the update as one would first write it, too: same model and precision, `agent.plain_update`.
+        plain: time the update as one would first write it, eager and in fp32, too: `agent.plain_update`.
 
     Returns:
         What ran (device, threads, parameters, ...); `first_update_s` and `steady_s`, from the start of the process to
