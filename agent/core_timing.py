@@ -3,14 +3,17 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agent.config import resolve
 from agent.cores import RecurrentCore, State, make_core, registered_cores
+from agent.cores.mlstm import MLSTM
 from agent.networks import Frozen
 from agent.schema import Config
 
@@ -23,8 +26,10 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """For a core that can compute its function in several ways: the name of each, and the settings that choose it."""
 
-PASSES = ("step", "forward", "training")
-"""One step as imagination takes it; a sequence without gradients; a sequence with those of inputs and weights."""
+PASSES = ("step", "forward", "training", "loop", "loop_training", "read", "read_training")
+"""One step as imagination takes it. A sequence without gradients, and with those of inputs and weights; the same two as
+a loop of steps under ordinary autograd. What one block of a matrix core does with its memory alone, from queries, keys,
+values and gates to what is read, without gradients and with them."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Largest error of an output, state or gradient, relative to its norm."""
@@ -156,16 +161,33 @@ def workload(core: RecurrentCore, inputs: Inputs, what: str) -> Callable[[], Any
         frozen = Frozen(core, x.dtype).module
         frozen_x, frozen_first = x[:, 0].contiguous(), first[:, 0].contiguous()
         return torch.no_grad()(lambda: frozen.step(frozen_x, state, frozen_first))
-    if what == "forward":
-        return torch.no_grad()(lambda: core.sequence(x, state, first))
-    leaf = x.detach().requires_grad_()
-    weight = torch.randn(*x.shape[:2], core.feature_size, device=x.device)
+    if what.startswith("read"):
+        function, leaves = _read_alone(core, inputs)
+    else:
+        leaf = x.detach().requires_grad_()
+        run = partial(step_by_step, core) if what.startswith("loop") else core.sequence
+        function, leaves = lambda: run(leaf, state, first)[0], [leaf, *core.parameters()]
+    if what in ("forward", "loop", "read"):
+        return torch.no_grad()(function)
+    weight = torch.randn_like(function())
+    return lambda: torch.autograd.grad((function() * weight).sum(), leaves, allow_unused=True)
 
-    def train() -> Any:
-        h, _ = core.sequence(leaf, state, first)
-        return torch.autograd.grad((h * weight).sum(), [leaf, *core.parameters()], allow_unused=True)
 
-    return train
+def _read_alone(core: RecurrentCore, inputs: Inputs) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """What a block does between its projections, giving y (B, H, T, D), and the tensors it depends on."""
+    assert isinstance(core, MLSTM)
+    (batch, length, _), heads, size = inputs.x.shape, core.config.heads, core.config.head_dim
+    q, k, v = (torch.randn(batch, heads, length, size, device=inputs.x.device).to(inputs.x.dtype) for _ in range(3))
+    log_input, log_forget = (torch.randn(batch, heads, length, device=inputs.x.device) for _ in range(2))
+    leaves = [q, k * size**-0.5, v, log_input, F.logsigmoid(log_forget + 4)]
+    leaves = [tensor.detach().requires_grad_() for tensor in leaves]
+    memory = core.memory_of_block(0, inputs.state)
+
+    def function() -> Tensor:
+        q, k, v, log_input, log_forget = leaves
+        return core.reader.sequence(q, k, core.reader.written(k, v), log_input, log_forget, inputs.first, memory)[0]
+
+    return function, leaves
 
 
 def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
@@ -217,7 +239,7 @@ def measure(
     for batch in batches:
         for length in lengths:
             inputs, verdict = _checked(core, case.input_size, batch, length, dtype)
-            for what in passes_at(length, lengths, passes):
+            for what in passes_at(case, length, lengths, passes):
                 row: Row = {
                     "core": case.name, "form": case.form, "size": case.config.size, "precision": str(dtype)[6:],
                     "batch": batch, "length": 1 if what == "step" else length, "pass": what,
@@ -226,9 +248,11 @@ def measure(
                 yield row | verdict | times
 
 
-def passes_at(length: int, lengths: Sequence[int], passes: Sequence[str]) -> list[str]:
-    """Those that are timed at one of the lengths."""
-    return [what for what in passes if what != "step" or length == lengths[0]]
+def passes_at(case: Case, length: int, lengths: Sequence[int], passes: Sequence[str]) -> list[str]:
+    """Those that are timed at one of the lengths: a step once, and a read only where there is a matrix."""
+    has_matrix = issubclass(registered_cores()[case.name], MLSTM)
+    known = [what for what in passes if has_matrix or not what.startswith("read")]
+    return [what for what in known if what != "step" or length == lengths[0]]
 
 
 def _checked(core: RecurrentCore, size: int, batch: int, length: int, dtype: torch.dtype) -> tuple[Inputs | None, Row]:

@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--length", metavar="N,...", type=counts, default=[64], help="lengths of sequences (64)")
     parser.add_argument(
         "--passes", metavar="NAME,...", type=names, default=["step", "forward", "training"],
-        help="of step, forward and training, which is forward and backward; all if not given",
+        help="of step, forward, training (forward and backward), loop and loop_training (the same by steps), read and "
+        "read_training (one memory alone); the first three if not given",
     )  # fmt: skip
     parser.add_argument("--repeats", metavar="N", type=int, default=50, help="calls to time (50)")
     parser.add_argument("--graph", action="store_true", help="time calls of a CUDA graph instead of eager ones")
@@ -81,8 +82,8 @@ def main() -> None:
         raise UserError(f"--out {arguments.out}: give a file in a folder that exists")
 
     rows: list[dict[str, Any]] = []
-    each = sum(len(passes_at(length, arguments.length, arguments.passes)) for length in arguments.length)
-    with tqdm(total=len(cases) * len(arguments.batch) * each, unit="row", file=sys.stderr) as bar:
+    planned = [passes_at(case, at, arguments.length, arguments.passes) for case in cases for at in arguments.length]
+    with tqdm(total=len(arguments.batch) * sum(map(len, planned)), unit="row", file=sys.stderr) as bar:
         for case in cases:
             bar.set_description(" ".join(filter(None, (case.name, case.form, case.config.size))))
             for row in measure(

@@ -229,6 +229,11 @@ class MLSTM(RecurrentCore):
         weights, rank = (torch.cat(parts) for parts in zip(*looks, strict=True))
         return Inspection(weights=weights, rank=rank)
 
+    @staticmethod
+    def memory_of_block(index: int, state: State) -> Memory:
+        """The memory of a block in a state."""
+        return _unpack(index, state)[0]
+
     def schedule(self, updates: int, metrics: Mapping[str, float]) -> bool:
         """Let the read change with training; whether another path through the code is taken from now on."""
         return self.reader.schedule(updates, metrics)

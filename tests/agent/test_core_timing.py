@@ -49,6 +49,34 @@ def test_every_core_is_checked_and_timed(
         assert line[:end].endswith(f" {row['ms']:.3f}")
 
 
+def test_loops_and_reads_are_timed_where_they_are_asked_for(run_script: RunScript, tmp_path: Path) -> None:
+    out = tmp_path / "cores.json"
+    words = ["--size", "debug", "--device", "cpu", "--length", "4,6", "--repeats", "2", "--out", str(out)]
+    assert run_script(*words, "--passes", "loop,loop_training,read,read_training") == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["core"] for row in rows if row["pass"] == "loop"} == set(registered_cores())
+    assert {row["core"] for row in rows if row["pass"].startswith("read")} == {"mlstm", "ortho_mlstm", "mesa"}
+    assert all(row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["mlstm", "ortho_mlstm", "mesa"])
+def test_what_is_timed_as_the_read_is_what_the_core_does_with_its_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case, *_) = list_cases([name], ["debug"], "cpu", [])
+    core = case.make(CPU)
+    inputs = core_timing.make_inputs(core, case.input_size, 2, 6, torch.float32)
+    seen: list[tuple[Tensor, ...]] = []
+    sequence = core.reader.sequence
+    monkeypatch.setattr(core.reader, "sequence", lambda *given: seen.append(given[:6]) or sequence(*given))
+    core_timing.workload(core, inputs, "forward")()
+    core_timing.workload(core, inputs, "read")()
+    in_core, alone = seen[0], seen[-1]
+    assert [(part.shape, part.dtype) for part in alone] == [(part.shape, part.dtype) for part in in_core]
+    gradients = core_timing.workload(core, inputs, "read_training")()
+    assert len(gradients) == 5 and all(gradient.norm() > 0 for gradient in gradients)
+
+
 class WrongValue(BlockGRU):
     """Its sequence is off by a little at the last step."""
 
