@@ -8,7 +8,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from agent.capture import Captured, Tensors
-from agent.compiler import Mode
+from agent.compiler import Mode, how_updates_begin
 from agent.cores import State
 from agent.distributed import ALONE, Ranks
 from agent.errors import UserError
@@ -62,7 +62,7 @@ class Agent:
         on_gpu = device.type == "cuda"
         precision = config.precision if config.precision != "auto" else ("bf16" if on_gpu else "fp32")
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.mode: Mode = config.compile if config.compile != "auto" else ("full" if on_gpu else "eager")
+        self.mode = how_updates_begin(config.compile, on_gpu)
         if self.mode == "graph" and not on_gpu:
             raise UserError("compile: graph needs a CUDA device; use eager or full on the CPU")
 
@@ -76,6 +76,8 @@ class Agent:
 
     def use(self, mode: Mode) -> None:
         """Run from now on `eager`, as one CUDA graph (`graph`), or as one with compiled regions (`full`)."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the graph that is dropped may still run
         self.mode = mode
         self._prepare()
 

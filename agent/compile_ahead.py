@@ -14,26 +14,21 @@ from typing import Any
 import torch
 from gymnasium import spaces
 
-from agent.compiler import Mode, use_lasting_cache
+from agent.compiler import use_lasting_cache
 from agent.distributed import Ranks
+from agent.errors import UserError
 from agent.random_state import make_deterministic
 from agent.rehearsal import rehearsing
 from agent.schema import Config
 from envs.workers import die_with_parent
 
 
-def is_wanted(config: Config, device: torch.device, ranks: Ranks) -> bool:
-    """Whether a run should begin uncompiled.
-
-    Not where it must give the same bits every time, as nobody knows the update at which the compiler will be done; and
-    not with several ranks, which would have to change over at the same one.
-    """
-    return config.compile == "auto" and device.type == "cuda" and not config.deterministic and ranks.size == 1
-
-
-def mode_before(device: torch.device) -> Mode:
-    """How updates run until the compiler is done."""
-    return "graph" if device.type == "cuda" else "eager"
+def check(config: Config, ranks: Ranks) -> None:
+    """UserError where a run may not change over at an update that nobody knows beforehand."""
+    if config.deterministic:
+        raise UserError("compile: ahead changes over at a time of its own, which deterministic forbids; use full")
+    if ranks.size > 1:
+        raise UserError("compile: ahead is for one process, as all ranks must change over together; use full")
 
 
 class CompilingAhead:

@@ -13,6 +13,15 @@ Mode = Literal["eager", "graph", "full"]
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
+def how_updates_begin(wish: Mode | Literal["auto", "ahead"], on_gpu: bool) -> Mode:
+    """The mode that `compile` in the configuration stands for; `ahead`: that before all is compiled."""
+    if wish == "auto":
+        return "full" if on_gpu else "eager"
+    if wish == "ahead":
+        return "graph" if on_gpu else "eager"
+    return wish
+
+
 def _memory_format(name: str) -> torch.memory_format:
     """The format `torch.<name>`."""
     return getattr(torch, name)

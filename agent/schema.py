@@ -196,7 +196,7 @@ class Config:
     steps: Count
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16"]
-    compile: Literal["auto", "eager", "graph", "full"]
+    compile: Literal["auto", "eager", "graph", "full", "ahead"]
     deterministic: bool
     size: str
     env: Env

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from agent import checkpoint
+from agent import checkpoint, compile_ahead
 from agent import logdir as logdirs
 from agent.agent import Agent, Carry
 from agent.arrays import as_arrays, as_tensors, tensors
-from agent.compile_ahead import CompilingAhead, is_wanted, mode_before
 from agent.dealing import deal, parts
 from agent.distributed import Ranks, meeting
 from agent.errors import UserError
@@ -77,6 +76,8 @@ def train(config: Config, logdir: str | Path | None = None, news: Sequence[str] 
     if config.log.tensorboard:
         tensorboard_writer()  # if it is missing, nothing is written
     with meeting(config, device) as ranks:
+        if config.compile == "ahead":
+            compile_ahead.check(config, ranks)
         logdir = ranks.gather(logdir)[0]
         run = Run(config, logdir, device, started, ranks)
         run.news = news
@@ -105,7 +106,7 @@ class Run:
         self.stop_signal: int | None = None
         self.news: Sequence[str] = ()  # lines to tell at the start
         self.streams: Streams | None = None
-        self.ahead: CompilingAhead | None = None
+        self.ahead: compile_ahead.CompilingAhead | None = None
         self.returns: list[float] = []  # of the episodes since the last checkpoint
         self.best = -math.inf  # highest mean of those at a checkpoint
         self.saved_frames = -1  # at the newest checkpoint
@@ -151,11 +152,9 @@ class Run:
         """Make agent and replay, or restore them, open the log and tell what will run; the row to begin with."""
         assert self.streams is not None
         spaces = self.streams.observation_space, self.streams.action_space
-        if is_wanted(self.config, self.device, self.ranks):
-            self.ahead = CompilingAhead(*spaces, self.config, self.device)
+        if self.config.compile == "ahead":
+            self.ahead = compile_ahead.CompilingAhead(*spaces, self.config, self.device)
         self.agent = Agent(*spaces, self.config, self.device, self.ranks)
-        if self.ahead is not None:
-            self.agent.use(mode_before(self.device))
         self.replay = self._make_replay()
         self.agent.attach(self.replay)
         self.carry = self.agent.initial(self.amount)

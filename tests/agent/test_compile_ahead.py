@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from agent import training
-from agent.compile_ahead import CompilingAhead, is_wanted
+from agent import compile_ahead, training
+from agent.compile_ahead import CompilingAhead, check
+from agent.compiler import how_updates_begin
 from agent.distributed import Ranks
+from agent.errors import UserError
 from agent.results import read_metric
 from agent.schema import Config
 from agent.training import train
@@ -30,7 +32,7 @@ Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 OBSERVATIONS = gymnasium.spaces.Dict({"place": gymnasium.spaces.Box(-1, 1, (3,), np.float32)})
 ACTION = gymnasium.spaces.Discrete(3)
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 
 
 def alive(process: int) -> bool:
@@ -41,13 +43,17 @@ def alive(process: int) -> bool:
         return False
 
 
-def test_only_a_run_that_need_not_repeat_begins_uncompiled(debug_config: Make) -> None:
-    config: Config = dataclasses.replace(debug_config(), compile="auto")
-    assert is_wanted(config, CUDA, Ranks())
-    assert not is_wanted(config, CPU, Ranks())
-    assert not is_wanted(config, CUDA, Ranks(0, 2))
-    assert not is_wanted(dataclasses.replace(config, compile="full"), CUDA, Ranks())
-    assert not is_wanted(dataclasses.replace(config, deterministic=True), CUDA, Ranks())
+@pytest.mark.parametrize(("ranks", "settings"), [(Ranks(0, 2), []), (Ranks(), ["deterministic=true"])])
+def test_a_run_that_may_not_change_over_is_refused(debug_config: Make, ranks: Ranks, settings: list[str]) -> None:
+    check(debug_config("compile=ahead"), Ranks())
+    with pytest.raises(UserError, match="compile: ahead .* use full"):
+        check(debug_config("compile=ahead", *settings), ranks)
+
+
+def test_updates_begin_with_what_needs_no_compiler() -> None:
+    assert how_updates_begin("ahead", on_gpu=True) == "graph"
+    assert how_updates_begin("ahead", on_gpu=False) == "eager"
+    assert how_updates_begin("auto", on_gpu=True) == how_updates_begin("full", on_gpu=True) == "full"
 
 
 def test_a_configuration_reaches_another_process(debug_config: Make) -> None:
@@ -80,19 +86,17 @@ def config(debug_config: Make, monkeypatch: pytest.MonkeyPatch) -> Config:
 
     torch.compiler.reset()
     monkeypatch.setattr("agent.learner.compiled", traced)
-    monkeypatch.setattr(training, "is_wanted", lambda *arguments: True)
     settings = ["env.parallel=false", "log.tensorboard=false", "log.every=4", "replay.prefill=32", "train.batch_size=2"]
     settings += ["train.batch_length=4", "behavior.imagination_horizon=2", "train.ratio=2", "env.amount=2"]
-    config: Config = debug_config("env.name=gym_CartPole-v1", "compile=auto", *settings)
+    config: Config = debug_config("env.name=gym_CartPole-v1", "compile=ahead", *settings)
     return dataclasses.replace(config, steps=80)
 
 
 def test_a_run_goes_on_compiled_when_the_compiler_is_done(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compilers: list[Compiler] = []
-    modes: list[str] = []
-    monkeypatch.setattr(training, "CompilingAhead", lambda *arguments: compilers.append(Compiler()) or compilers[0])
+    compiler, modes = Compiler(), []
+    monkeypatch.setattr(compile_ahead, "CompilingAhead", lambda *arguments: compiler)
     use = training.Agent.use
 
     def noted(agent: training.Agent, mode: Any) -> None:
@@ -102,9 +106,9 @@ def test_a_run_goes_on_compiled_when_the_compiler_is_done(
     monkeypatch.setattr(training.Agent, "use", noted)
     train(config, tmp_path / "run")
     told = capsys.readouterr().err
-    assert modes == ["eager", "full"]
+    assert modes == ["full"]
     assert told.index("compiling   in another process") < told.index("compiled  ")
-    assert [compiler.asked for compiler in compilers] == [10]
+    assert compiler.asked == 10 and not compiler.stopped
     _, losses = read_metric(tmp_path / "run", "loss/reconstruction")
     assert len(losses) > 2 and all(map(math.isfinite, losses))
 
@@ -113,7 +117,7 @@ def test_a_run_that_ends_before_ends_the_compiler(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = Compiler()
-    monkeypatch.setattr(training, "CompilingAhead", lambda *arguments: compiler)
+    monkeypatch.setattr(compile_ahead, "CompilingAhead", lambda *arguments: compiler)
     train(dataclasses.replace(config, steps=6), tmp_path / "run")
     assert compiler.stopped
 
