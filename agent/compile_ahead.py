@@ -44,8 +44,12 @@ class CompilingAhead:
         self._process.start()
 
     def is_done(self) -> bool:
-        """Whether it has ended. If that was an error the run, which compiles the same code next, will meet it too."""
+        """Whether it has ended."""
         return not self._process.is_alive()
+
+    def has_failed(self) -> bool:
+        """Whether it has ended without filling the cache, so that the run has to compile by itself."""
+        return self.is_done() and self._process.exitcode != 0
 
     def stop(self) -> None:
         """End it now."""

@@ -277,10 +277,14 @@ class Run:
         return stop
 
     def _go_on_compiled(self) -> None:
-        self.ahead = None
+        assert self.ahead is not None
+        failed, self.ahead = self.ahead.has_failed(), None
         self.agent.use("full")
         self._foretell = Foretelling(self.agent.updates)
-        self.line.note(f"compiled    {time.monotonic() - self.started:.0f} s after the start; the next update loads it")
+        how = (
+            "not done, as the process failed; the next update compiles" if failed else "done; the next update loads it"
+        )
+        self.line.note(f"compiling   {how}, {time.monotonic() - self.started:.0f} s after the start")
 
     def _log(self) -> None:
         """Write the means since the last time, and look after what they show."""

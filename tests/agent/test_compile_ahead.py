@@ -65,13 +65,17 @@ def test_a_configuration_reaches_another_process(debug_config: Make) -> None:
 class Compiler:
     """In place of the process: done when it is asked for the tenth time."""
 
-    def __init__(self, *arguments: Any):
+    def __init__(self, failed: bool):
+        self.failed = failed
         self.asked = 0
         self.stopped = False
 
     def is_done(self) -> bool:
         self.asked += 1
         return self.asked == 10
+
+    def has_failed(self) -> bool:
+        return self.failed
 
     def stop(self) -> None:
         self.stopped = True
@@ -92,10 +96,11 @@ def config(debug_config: Make, monkeypatch: pytest.MonkeyPatch) -> Config:
     return dataclasses.replace(config, steps=80)
 
 
+@pytest.mark.parametrize("failed", [False, True])
 def test_a_run_goes_on_compiled_when_the_compiler_is_done(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failed: bool
 ) -> None:
-    compiler, modes = Compiler(), []
+    compiler, modes = Compiler(failed), []
     monkeypatch.setattr(compile_ahead, "CompilingAhead", lambda *arguments: compiler)
     use = training.Agent.use
 
@@ -107,7 +112,8 @@ def test_a_run_goes_on_compiled_when_the_compiler_is_done(
     train(config, tmp_path / "run")
     told = capsys.readouterr().err
     assert modes == ["full"]
-    assert told.index("compiling   in another process") < told.index("compiled  ")
+    change = "the process failed; the next update compiles" if failed else "done; the next update loads it"
+    assert told.index("compiling   in another process") < told.index(change)
     assert compiler.asked == 10 and not compiler.stopped
     _, losses = read_metric(tmp_path / "run", "loss/reconstruction")
     assert len(losses) > 2 and all(map(math.isfinite, losses))
@@ -116,7 +122,7 @@ def test_a_run_goes_on_compiled_when_the_compiler_is_done(
 def test_a_run_that_ends_before_ends_the_compiler(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler = Compiler()
+    compiler = Compiler(failed=False)
     monkeypatch.setattr(compile_ahead, "CompilingAhead", lambda *arguments: compiler)
     train(dataclasses.replace(config, steps=6), tmp_path / "run")
     assert compiler.stopped
@@ -127,7 +133,7 @@ def test_the_process_can_be_stopped(debug_config: Make) -> None:
     process = ahead._process.pid
     assert process is not None and alive(process) and not ahead.is_done()
     ahead.stop()
-    assert ahead.is_done() and not alive(process)
+    assert ahead.is_done() and ahead.has_failed() and not alive(process)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
