@@ -281,9 +281,7 @@ class Run:
         failed, self.ahead = self.ahead.has_failed(), None
         self.agent.use("full")
         self._foretell = Foretelling(self.agent.updates)
-        how = (
-            "not done, as the process failed; the next update compiles" if failed else "done; the next update loads it"
-        )
+        how = "failed in the other process; the next update compiles" if failed else "done; the next update loads it"
         self.line.note(f"compiling   {how}, {time.monotonic() - self.started:.0f} s after the start")
 
     def _log(self) -> None:

@@ -112,7 +112,7 @@ def test_a_run_goes_on_compiled_when_the_compiler_is_done(
     train(config, tmp_path / "run")
     told = capsys.readouterr().err
     assert modes == ["full"]
-    change = "the process failed; the next update compiles" if failed else "done; the next update loads it"
+    change = "failed in the other process; the next update compiles" if failed else "done; the next update loads it"
     assert told.index("compiling   in another process") < told.index(change)
     assert compiler.asked == 10 and not compiler.stopped
     _, losses = read_metric(tmp_path / "run", "loss/reconstruction")
