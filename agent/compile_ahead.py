@@ -6,6 +6,7 @@ update of an agent of the same shapes and so fills the compiler's cache. When it
 which it then only has to load.
 """
 
+import dataclasses
 import multiprocessing
 import signal
 from multiprocessing.context import SpawnProcess
@@ -69,7 +70,6 @@ def compile_update(
 ) -> None:
     """Make one compiled update as a run of this configuration would, for the cache."""
     make_deterministic(config, device)  # code is kept under a name to which this belongs
-    agent, replay = rehearsing(observations, action, config, device)
-    agent.use("full")
+    agent, replay = rehearsing(observations, action, dataclasses.replace(config, compile="full"), device)
     agent.update(replay.sample(config.train.batch_size))
     agent.take_metrics()  # waits for the device

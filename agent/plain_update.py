@@ -29,14 +29,11 @@ class PlainUpdate:
         """One update in place; arguments and fresh latents as of `Learner.learn`, and each loss as a number."""
         losses, latent = self.losses(rows, context)
         means = {name: loss.mean() for name, loss in losses.items()}
-        self.descend(list(torch.autograd.grad(self.total(means), self.learner.parameters)))
+        total = torch.stack([getattr(self.learner.config.loss, name) * mean for name, mean in means.items()]).sum()
+        self.descend(list(torch.autograd.grad(total, self.learner.parameters)))
         kept = slice(self.learner.stride - 1, None, self.learner.stride)
         state = {key: value[:, kept] for key, value in latent.state.items()}
         return self.learner.latents(state, latent.z[:, kept]), means
-
-    def total(self, means: Tensors) -> Tensor:
-        """The number to descend."""
-        return torch.stack([getattr(self.learner.config.loss, name) * mean for name, mean in means.items()]).sum()
 
     def losses(self, rows: Tensors, context: Tensors) -> tuple[Tensors, Latent]:
         """Every loss, arrays of different shapes, and the states inferred (B, T, ...)."""

@@ -135,3 +135,14 @@ def make_replay() -> Make:
         return replay
 
     return make
+
+
+@pytest.fixture
+def traced_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regions are traced, differentiated and decomposed as for compilation, but run operation by operation."""
+
+    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+
+    torch.compiler.reset()
+    monkeypatch.setattr("agent.learner.compiled", traced)

@@ -82,14 +82,8 @@ class Compiler:
 
 
 @pytest.fixture
-def config(debug_config: Make, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Of a run that begins uncompiled; its regions are traced as for compilation, and then not built."""
-
-    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
-
-    torch.compiler.reset()
-    monkeypatch.setattr("agent.learner.compiled", traced)
+def config(debug_config: Make, traced_regions: None) -> Config:
+    """Of a run that begins uncompiled."""
     settings = ["env.parallel=false", "log.tensorboard=false", "log.every=4", "replay.prefill=32", "train.batch_size=2"]
     settings += ["train.batch_length=4", "behavior.imagination_horizon=2", "train.ratio=2", "env.amount=2"]
     config: Config = debug_config("env.name=gym_CartPole-v1", "compile=ahead", *settings)

@@ -33,23 +33,17 @@ CASES = [
 ]
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
-
-
 @pytest.mark.parametrize(("core", "action", "setting"), CASES)
 def test_compiled_regions_equal_eager_ones_and_are_compiled_once(
     make_agent: Make,
     make_replay: Make,
-    monkeypatch: pytest.MonkeyPatch,
+    traced_regions: None,
     caplog: pytest.LogCaptureFixture,
     core: str,
     action: gymnasium.Space[Any],
     setting: str,
 ) -> None:
-    monkeypatch.setattr("agent.learner.compiled", compiled)
     caplog.set_level(logging.CRITICAL, "torch.__trace")  # kept for pytest, it would double the time
-    torch.compiler.reset()
     counters.clear()
     graphs, results, replay_contents = [], {}, {}
     for mode in ("full", "eager"):
