@@ -1,9 +1,9 @@
 """What several tests of the agent build on: small configurations, spaces, agents and filled replays."""
 
-import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import gymnasium
@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and find_spec("triton"):
     # Triton decides at its import whether to interpret, and importing the agent may import it.
-    os.environ["TRITON_INTERPRET"] = "1"
+    import triton_on_cpu
+
+    triton_on_cpu.mend()
 
 from outer_product import with_outer_product
 

@@ -49,7 +49,7 @@ def test_captured_updates_equal_eager_ones(prepare: Prepare) -> None:
         for _ in range(EAGER_CALLS + 4):
             agent.update(replay.sample(4))
         results.append([parameter.detach().clone() for parameter in agent.learner.parameters])
-    before = prepare("eager", *FAST)[0].parameters
+    before = prepare("eager", *FAST)[0].learner.parameters
     for start, eager, captured in zip(before, *results, strict=True):
         assert (eager - captured).norm() <= 1e-3 * (eager - start).norm()
         assert not torch.equal(start, captured) or start.numel() <= 1

@@ -19,9 +19,10 @@ from agent.cores.kernels.chunk import (
     gram_product,
     load_gates,
     load_rows,
-    product,
     store_rows,
     tile,
+    to_keys,
+    to_values,
     weights_at_end,
     weights_inside,
 )
@@ -81,19 +82,16 @@ def read_backward(
 
     adjoint_k_ptr += program * (COEFFICIENTS - 1) * L * K + tile(L, K)
     adjoint_v_ptr += program * (COEFFICIENTS - 1) * L * V + tile(L, V)
-    scores = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-    xi = product(scores, weight, carry, k, tl.dot(g, tl.trans(c), input_precision=PRECISION), PRECISION)
+    xi = to_keys(g, k, v, c, weight, carry, PRECISION)
     xi_before = tl.zeros_like(xi)
     grad_q = tl.load(coefficients_ptr) * xi
     for j in range(COEFFICIENTS - 1):
         half = tl.where(j == 0, 0.5, 1.0)
         x = (half * xi).to(k.dtype)
         tl.store(adjoint_k_ptr + j * L * K, x)
-        scores = tl.dot(x, tl.trans(k), input_precision=PRECISION)
-        z = product(scores, weight, carry, v, tl.dot(x, c, input_precision=PRECISION), PRECISION).to(k.dtype)
+        z = to_values(x, k, v, c, weight, carry, PRECISION).to(k.dtype)
         tl.store(adjoint_v_ptr + j * L * V, z)
-        scores = tl.dot(z, tl.trans(v), input_precision=PRECISION)
-        w = product(scores, weight, carry, k, tl.dot(z, tl.trans(c), input_precision=PRECISION), PRECISION)
+        w = to_keys(z, k, v, c, weight, carry, PRECISION)
         xi_new = 4 * w - 2 * half * xi - xi_before
         xi_before = xi
         xi = xi_new

@@ -112,16 +112,32 @@ def gram_product(weight: tl.tensor, scores_k: tl.tensor, scores_v: tl.tensor) ->
 
 
 @triton.jit
-def product(
-    scores: tl.tensor,
+def to_values(
+    x: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    c: tl.tensor,
     weight: tl.tensor,
     carry: tl.tensor,
-    other: tl.tensor,
-    across: tl.tensor,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Rows x -> x' A_t (L, V) for scores = x k' (L, L), other = v and across = x C.
+    """Rows x (L, K) -> x' A_t (L, V), in fp32."""
+    scores = tl.dot(x, tl.trans(k), input_precision=PRECISION) * weight
+    across = tl.dot(x, c, input_precision=PRECISION)
+    return tl.dot(scores.to(v.dtype), v, input_precision=PRECISION) + carry[:, None] * across
 
-    Rows z -> A_t z (L, K) for scores = z v', other = k and across = z C'.
-    """
-    return tl.dot((scores * weight).to(other.dtype), other, input_precision=PRECISION) + carry[:, None] * across
+
+@triton.jit
+def to_keys(
+    z: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    c: tl.tensor,
+    weight: tl.tensor,
+    carry: tl.tensor,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Rows z (L, V) -> A_t z (L, K), in fp32."""
+    scores = tl.dot(z, tl.trans(v), input_precision=PRECISION) * weight
+    across = tl.dot(z, tl.trans(c), input_precision=PRECISION)
+    return tl.dot(scores.to(k.dtype), k, input_precision=PRECISION) + carry[:, None] * across

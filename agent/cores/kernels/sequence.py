@@ -21,10 +21,10 @@ def polynomial_read_sequence(
     q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory,
     coefficients: Tensor, chunk: int = 64,
 ) -> tuple[Tensor, Memory]:  # fmt: skip
-    """The function of the same name in `agent.cores.memory`, with the gradients of q, k, v, both gates and memory.C.
+    """The function of the same name in `agent.cores.memory`, with gradients of q, k, v, both gates, memory.C and memory.m.
 
-    m counts as constant: neither the memory after the last step nor n carries a gradient through it, and what is read
-    from the memory by direction alone does not miss it.
+    The stabilisers that follow from memory.m count as constants: the memory after the last step carries no gradient
+    through its own, nor does n, and what is read from the memory by direction alone does not miss it.
 
     Args:
         q: queries (B, H, T, K), fp32 or bf16, in the dtype of k and v; K and V are among `tuning.DIMS`.
@@ -177,7 +177,9 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_C: Tensor | None, *_: None) 
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
     grad_C = torch.zeros_like(C) if grad_C is None else grad_C
     grad_q, grad_k, grad_v, grad_input, grad_forget, grad_C = backward_op(grad_y, grad_C, *saved)
-    return grad_q, grad_k, grad_v, grad_input, grad_forget, None, grad_C, None, None, None, None, None
+    # All that depends on m is exp(m) C; where that was emptied C may be infinite.
+    grad_m = torch.where(grad_C == 0, 0.0, grad_C * C).sum((-2, -1))
+    return grad_q, grad_k, grad_v, grad_input, grad_forget, None, grad_C, None, grad_m, None, None, None
 
 
 # As operators rather than an autograd.Function, since these can be compiled under vmap.
