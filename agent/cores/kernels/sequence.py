@@ -21,7 +21,7 @@ def polynomial_read_sequence(
     q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory,
     coefficients: Tensor, chunk: int = 64,
 ) -> tuple[Tensor, Memory]:  # fmt: skip
-    """The function of the same name in `agent.cores.memory`, with gradients of q, k, v, both gates, memory.C and memory.m.
+    """The function of the same name in `agent.cores.memory`, with gradients of q, k, v, gates, memory.C and memory.m.
 
     The stabilisers that follow from memory.m count as constants: the memory after the last step carries no gradient
     through its own, nor does n, and what is read from the memory by direction alone does not miss it.
