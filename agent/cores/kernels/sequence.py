@@ -1,8 +1,8 @@
 """The orthogonalised read of a matrix memory over a sequence, on the GPU: launches and autograd.
 
-Forward: `chunk_states`, sequential over chunks, then `read_forward` on all chunks at once. Backward: `read_backward` on
-all chunks at once, then `states_backward`, sequential over chunks. The arrays between them are the memories at chunk
-starts and, for the gradient, the vectors of a recurrence.
+Forward: `chunk_states`, sequential over chunks, then `read_forward` on all chunks at once. Backward: `read_backward`,
+`values_backward` and `keys_backward` on all chunks at once, then `states_backward`, sequential over chunks. The arrays
+between them are the memories at chunk starts and, for the gradient, the vectors of the recurrences.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agent.cores.folding import fold
-from agent.cores.kernels.backward import read_backward, states_backward
+from agent.cores.kernels.backward import keys_backward, read_backward, states_backward, values_backward
 from agent.cores.kernels.forward import chunk_states, read_forward
 from agent.cores.kernels.tuning import STATE_COLUMNS, chunk_length, launch
 from agent.cores.memory import EMPTY, NORM_FLOOR, Memory
@@ -123,11 +123,23 @@ def backward_op(
     chunks = states.shape[2]
     length = scales.shape[-1]
     sizes = {"K": K, "V": V, "L": length, "EMPTY": EMPTY, "PRECISION": _precision(k)}
+    adjoints = (batch, heads, chunks, len(coefficients) - 1, length)
+    adjoint_k, adjoint_v = basis_k.new_empty(*adjoints, K), basis_v.new_empty(*adjoints, V)
+    inputs = (grad_y, k, v, log_input, log_forget, first, states, stabilisers, scales)
+    strides = (*grad_y.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, steps, chunks)
     read_backward[(batch * heads * chunks,)](
-        grad_y, k, v, log_input, log_forget, first, states, stabilisers, scales, coefficients.contiguous(),
-        basis_k, basis_v, grad_q, grad_k, grad_v, grad_input, grad_forget, grad_states,
-        *grad_y.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, steps, chunks,
-        COEFFICIENTS=len(coefficients), **sizes, **launch("read_backward", K, V, k.element_size()),
+        *inputs, coefficients.contiguous(), adjoint_k, adjoint_v, grad_q,
+        *strides, COEFFICIENTS=len(coefficients), **sizes, **launch("read_backward", K, V, k.element_size()),
+    )  # fmt: skip
+    vectors = (basis_k, basis_v, adjoint_k, adjoint_v)
+    radial = torch.empty_like(scales)
+    values_backward[(batch * heads * chunks,)](
+        *inputs, *vectors, radial, grad_v, grad_states,
+        *strides, COEFFICIENTS=len(coefficients), **sizes, **launch("values_backward", K, V, k.element_size()),
+    )  # fmt: skip
+    keys_backward[(batch * heads * chunks,)](
+        *inputs, *vectors, radial, grad_k, grad_input, grad_forget,
+        *strides, COEFFICIENTS=len(coefficients), **sizes, **launch("keys_backward", K, V, k.element_size()),
     )  # fmt: skip
     states_backward[(batch * heads,)](
         k, v, log_input, log_forget, first, states, stabilisers, grad_states, grad_C,

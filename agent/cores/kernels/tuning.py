@@ -21,7 +21,9 @@ LAUNCH: dict[str, dict[int, Launch]] = {
     "step": {16: Launch(1), 32: Launch(1), 64: Launch(2), 128: Launch(8)},
     "chunk_states": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(4, 2)},
     "read_forward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
-    "read_backward": {16: Launch(4), 32: Launch(2), 64: Launch(8), 128: Launch(8)},
+    "read_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
+    "values_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
+    "keys_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
     "states_backward": {16: Launch(4), 32: Launch(2), 64: Launch(8), 128: Launch(8)},
 }
 """Kernel -> width, the larger head dimension (fp32 counts twice, as it takes twice the room of bf16) -> launch.
