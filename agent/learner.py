@@ -60,7 +60,7 @@ class Learner:
         modelled, behaving = list(self.world_model.parameters()), list(self.behavior.parameters())
         self.parameters = [*modelled, *behaving]
         of_core = {id(parameter) for parameter in self.world_model.rssm.core.parameters()}
-        self._core_places = [place for place, one in enumerate(modelled) if id(one) in of_core]
+        self._in_core = torch.tensor([float(id(one) in of_core) for one in self.parameters], device=device)
         parts = {"world_model": self.world_model, "behavior": self.behavior}
         self._gradient_names = [
             f"gradient/{whole}.{name}" for whole, module in parts.items() for name, _ in module.named_parameters()
@@ -129,7 +129,8 @@ class Learner:
         gradients = torch.autograd.grad(total, self.parameters)
         fine = self._all_finite(rows, context, posterior.latent.state, part(metrics, "loss"), gradients)
         # What each rank found in its own gradients is known by now: their mean would not say whose they were.
-        metrics |= self._optimize(self.ranks.mean(list(gradients)), fine)
+        mean = self.ranks.mean(list(gradients))
+        metrics |= self._optimize(mean, fine, self.optimizer.norms(mean))
         restore(list(self.normalizer.buffers()), scale_before, fine)
         return latents, metrics | {"finite": fine}
 
@@ -192,10 +193,12 @@ class Learner:
         self.frozen_critic.refresh()
 
     @torch.no_grad()
-    def _optimized(self, gradients: list[Tensor], fine: Tensor) -> dict[str, Tensor]:
+    def _optimized(
+        self, gradients: list[Tensor], fine: Tensor, norms: tuple[Tensor, Tensor]
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Region: new weights if the update was fine, those of slow critic and frozen twins too; gradients' norms."""
-        norms = torch.stack(torch._foreach_norm([gradients[place] for place in self._core_places]))
-        statistics = {"core/gradient_norm": norms.square().sum().sqrt()} | self.optimizer.step(gradients, fine)
+        of_core = (norms[0].square() * self._in_core).sum().sqrt()
+        statistics = {"core/gradient_norm": of_core} | self.optimizer.step(gradients, fine, norms)
         self._follow(fine)
         return statistics
 

@@ -37,12 +37,20 @@ class LaProp:
         self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
 
     @torch.no_grad()
-    def step(self, gradients: list[Tensor], wanted: Tensor | None = None) -> dict[str, Tensor]:
+    def norms(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The norms of all P gradients and of all parameters, (P,) each."""
+        return torch.stack(torch._foreach_norm(gradients)), torch.stack(torch._foreach_norm(self.parameters))
+
+    @torch.no_grad()
+    def step(
+        self, gradients: list[Tensor], wanted: Tensor | None = None, norms: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Update the parameters in place from gradients of their shapes, which are consumed.
 
         Args:
             gradients: one for each parameter.
             wanted: bool (); if it is false nothing changes, bit for bit, whatever the gradients hold. None is true.
+            norms: what `norms` says of these gradients, for a compiled step: it would stack P numbers by P kernels.
 
         Returns:
             The global norms of gradients (before clipping) and parameters, and the learning rate, as numbers.
@@ -50,8 +58,7 @@ class LaProp:
         c = self.config
         if wanted is None:
             wanted = torch.ones_like(self.count, dtype=torch.bool)
-        weight_norms = torch.stack(torch._foreach_norm(self.parameters))
-        gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        gradient_norms, weight_norms = norms or self.norms(gradients)
         limits = c.agc * weight_norms.clamp(min=SMALLEST_WEIGHT_NORM)
         clipping = 1 / (gradient_norms / limits).clamp(min=1)
         torch._foreach_mul_(gradients, list(clipping.unbind()))

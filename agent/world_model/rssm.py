@@ -183,15 +183,17 @@ class RSSM(nn.Module):
 
         Returns:
             The carry after the step; h and, with a recurrent posterior, z and its log-probabilities. What is carried is
-            there twice, so that it is the compiled step that adds up the gradients from outside and from later on.
+            there twice, as two tensors, so that it is the compiled step that adds up the gradients from outside and
+            from later on.
         """
         if not self.recurrent:
             x, first = inputs
             h, state = self.core.step(x, self._named(carry), first)
-            return tuple(state[key] for key in self.memory_keys), (h,)
+            return tuple(state[key] for key in self.memory_keys), (h.clone(),)
         *memory, z = carry
         latent, log_probs = self._step(self._named(memory), z, *inputs)
-        return (*(latent.state[key] for key in self.memory_keys), latent.z), (latent.h, latent.z, log_probs)
+        carried = (*(latent.state[key] for key in self.memory_keys), latent.z)
+        return carried, (latent.h.clone(), latent.z.clone(), log_probs)
 
     def _named(self, memory: Sequence[Tensor]) -> State:
         return dict(zip(self.memory_keys, memory, strict=True))
@@ -241,6 +243,8 @@ class RSSM(nn.Module):
         if known.codes is not None and self.core.parallel_in_time:
             x, first = known.steps
             h, state = self.core.sequence(x, state, first, keep=range(x.shape[1]))
+            if self.query is None:  # nothing that learns reads them: a gradient of zeros would cost as a real one does
+                state = {key: value.detach() for key, value in state.items()}
             codes, log_probs = known.codes
             return Posterior(Latent(state, h, codes), log_probs)
         carry = tuple(state[key] for key in self.memory_keys) + ((z,) if self.recurrent else ())
