@@ -29,7 +29,6 @@ from agent.cores.memory import (
     matrix_read_sequence,
     plain_query,
     plain_read,
-    plain_read_sequence,
     polynomial_query,
     polynomial_read,
     write,
@@ -92,7 +91,7 @@ class PlainRead(Read):
     def sequence(  # noqa: D102
         self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
     ) -> tuple[Tensor, Memory]:
-        return plain_read_sequence(q, k, v, log_input, log_forget, first, memory)
+        return kernels.plain_read_sequence(q, k, v, log_input, log_forget, first, memory)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
@@ -202,7 +201,7 @@ class OrthoRead(Read):
         self, q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory
     ) -> tuple[Tensor, Memory]:
         if self.plain:
-            return plain_read_sequence(q, k, v, log_input, log_forget, first, memory)
+            return kernels.plain_read_sequence(q, k, v, log_input, log_forget, first, memory)
         if self.fit is None:
             return matrix_read_sequence(q, k, v, log_input, log_forget, first, memory, self._mixed)
         return kernels.polynomial_read_sequence(q, k, v, log_input, log_forget, first, memory, self.coefficients)

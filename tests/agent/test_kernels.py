@@ -6,6 +6,19 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
+from memory_inputs import (
+    CUDA,
+    CUDA_SIZES,
+    DEVICE,
+    SIZES,
+    Inputs,
+    at,
+    each_memory,
+    error,
+    make_inputs,
+    on_device,
+    wide,
+)
 from torch import Tensor
 
 if find_spec("triton") is None:
@@ -16,17 +29,12 @@ from agent.cores import memory as reference
 from agent.cores.kernels import one_step, sequence
 from agent.cores.kernels.tuning import DIMS, chunk_length
 from agent.cores.maps import chebyshev_fit, make_map
-from agent.cores.memory import EMPTY, NORM_FLOOR, Memory
+from agent.cores.memory import NORM_FLOOR, Memory
 
-CUDA = torch.cuda.is_available()  # elsewhere conftest.py has Triton interpret the kernels
-
-DEVICE = "cuda" if CUDA else "cpu"
 FP32 = 2e-5  # relative error of tensors, by norm
 BF16 = 0.03  # the same in bf16, where the last figure of an operand is 0.004 of it
 BF16_GATES = 0.05  # of the gradients of gates, sums that nearly cancel; that of m is the product of C and its own
 NAMES = ("q", "k", "v", "log_input", "log_forget", "C", "m")
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Memory]
 
 requires_cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA")
 
@@ -35,46 +43,13 @@ def coefficients(degree: int = 17) -> Tensor:
     return torch.from_numpy(chebyshev_fit(make_map("cubic", 5), degree)).float().to(DEVICE)
 
 
-def make_inputs(steps: int, key: int, value: int, dtype: torch.dtype = torch.float32, batch: int = 2) -> Inputs:
-    """q, k, v, log gates, first, a used memory; resets in the middle of all streams but the first."""
-    heads = 2
-    q, k = torch.randn(2, batch, heads, steps, key)
-    v = torch.randn(batch, heads, steps, value)
-    log_input = torch.randn(batch, heads, steps)
-    log_forget = F.logsigmoid(2 * torch.randn(batch, heads, steps) + 3)
-    first = torch.zeros(batch, steps, dtype=torch.bool)
-    first[1:, steps // 2] = first[1:, steps // 3] = True
-    memory = Memory(torch.randn(batch, heads, key, value), torch.randn(batch, heads, key), torch.randn(batch, heads))
-    q, k, v = (x.to(dtype) for x in (q, k * key**-0.5, v))
-    return on_device((q, k, v, log_input, log_forget, first, memory), DEVICE)
-
-
-def on_device(inputs: Inputs, device: str) -> Inputs:
-    *tensors, memory = inputs
-    return (*(x.to(device) for x in tensors), Memory(*(x.to(device) for x in memory)))  # type: ignore[return-value]
-
-
-def wide(inputs: Inputs) -> Inputs:
-    """The same numbers in fp64."""
-    q, k, v, log_input, log_forget, first, memory = inputs
-    q, k, v, log_input, log_forget = (x.double() for x in (q, k, v, log_input, log_forget))
-    return q, k, v, log_input, log_forget, first, Memory(*(x.double() for x in memory))
-
-
 def naive(
     q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory, c: Tensor
 ) -> tuple[Tensor, Memory]:
     """One step after the other, with the matrix f(A) A written out and the stabiliser taken as constant."""
-    C, n, m = memory
     outputs = []
-    for t in range(q.shape[2]):
-        gone = first[:, t, None]
-        C, n = torch.where(gone[..., None, None], 0.0, C), torch.where(gone[..., None], 0.0, n)
-        old = log_forget[..., t] + torch.where(gone, EMPTY, m)
-        m = torch.maximum(old, log_input[..., t]).detach()
-        forget, write = (old - m).exp()[..., None], (log_input[..., t] - m).exp()[..., None]
-        C = forget[..., None] * C + (write * k[:, :, t])[..., None] * v[:, :, t, None, :]
-        n = forget * n + write * k[:, :, t]
+    for t, state in enumerate(each_memory(k, v, log_input, log_forget, first, memory)):
+        C = state.C
         A = C / (C.square().sum((-2, -1), keepdim=True) + NORM_FLOOR**2).sqrt()
         G = 2 * A @ A.mT - torch.eye(A.shape[-2]).to(A)
         now, after = torch.eye(A.shape[-2]).to(A).expand_as(G), G
@@ -83,7 +58,7 @@ def naive(
             f = f + weight * now
             now, after = after, 2 * G @ after - now
         outputs.append((q[:, :, t, None] @ f @ A).squeeze(-2))
-    return torch.stack(outputs, 2), Memory(C, n, m)
+    return torch.stack(outputs, 2), state
 
 
 def gradients(
@@ -95,11 +70,6 @@ def gradients(
     y, after = form(*leaves[:5], first, Memory(leaves[5], memory.n, leaves[6]), c)
     loss = (y * weights[0].to(y)).sum() + (after.C * weights[1].to(after.C)).sum()
     return [y, *after], list(torch.autograd.grad(loss, leaves))
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    ours, theirs = ours.detach().double().cpu(), theirs.detach().double().cpu()
-    return float((ours - theirs).norm() / (theirs.norm() + 1e-12))
 
 
 def assert_follows_naive(inputs: Inputs, c: Tensor, chunk: int = 64) -> None:
@@ -150,10 +120,6 @@ def test_models_side_by_side_are_as_one_by_one(own_coefficients: bool, compiled:
         theirs = torch.autograd.grad(loss(*own, c[model if own_coefficients else 0]), own)
         for name, a, b in zip(NAMES, ours, theirs, strict=True):
             assert error(a[model], b) < FP32, name
-
-
-SIZES = [(16, 16, 1), (32, 16, 63), (16, 32, 64), (16, 16, 65), (16, 16, 150)]
-CUDA_SIZES = [(d, d, steps) for d in DIMS for steps in (1, 63, 64, 65, 200)]
 
 
 @pytest.mark.parametrize(("key", "value", "steps"), SIZES + CUDA_SIZES * CUDA)
@@ -266,12 +232,6 @@ def test_tensors_may_lie_in_any_order() -> None:
     theirs = gradients(sequence.polynomial_read_sequence, inputs, coefficients(), weights)
     for a, b in zip([*ours[0], *ours[1]], [*theirs[0], *theirs[1]], strict=True):
         assert error(a, b) < 1e-6
-
-
-def at(inputs: Inputs, t: int) -> Inputs:
-    q, k, v, log_input, log_forget, first, memory = inputs
-    rows = (q[:, :, t], k[:, :, t], v[:, :, t], log_input[..., t], log_forget[..., t])
-    return (*rows, first[:, t], memory)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -53,6 +53,18 @@ def step(
     return reference.polynomial_read(q, memory, coefficients), memory
 
 
+def plain_read_sequence(
+    q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory,
+    chunk: int = 64,
+) -> tuple[Tensor, Memory]:  # fmt: skip
+    """`agent.cores.memory.plain_read_sequence`; what the kernels' gradient leaves out is said at their own."""
+    if _fits(q, k, v):
+        from agent.cores.kernels import plain_sequence as kernel
+
+        return kernel.plain_read_sequence(q, k, v, log_input, log_forget, first, memory, chunk)
+    return reference.plain_read_sequence(q, k, v, log_input, log_forget, first, memory, chunk)
+
+
 def polynomial_read_sequence(
     q: Tensor, k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Tensor, memory: Memory,
     coefficients: Tensor, chunk: int = 64,

@@ -24,7 +24,6 @@ from agent.cores.kernels.chunk import (
     tile,
     to_keys,
     to_values,
-    weights_at_end,
     weights_inside,
 )
 
@@ -76,7 +75,7 @@ def read_backward(
     log_input, decay, episode, _ = load_gates(
         log_input_ptr, log_forget_ptr, first_ptr, row, batch, start, steps, L, EMPTY
     )
-    weight, carry = weights_inside(log_input, decay, episode, tl.load(stabilisers_ptr + program), L, EMPTY)
+    weight, carry, _ = weights_inside(log_input, decay, episode, tl.load(stabilisers_ptr + program), L, EMPTY)
     scale = tl.load(scales_ptr + program * L + tl.arange(0, L))
     weight *= scale[:, None]
     carry *= scale
@@ -153,7 +152,7 @@ def values_backward(
     log_input, decay, episode, _ = load_gates(
         log_input_ptr, log_forget_ptr, first_ptr, row, batch, start, steps, L, EMPTY
     )
-    weight, carry = weights_inside(log_input, decay, episode, tl.load(stabilisers_ptr + program), L, EMPTY)
+    weight, carry, _ = weights_inside(log_input, decay, episode, tl.load(stabilisers_ptr + program), L, EMPTY)
     scale = tl.load(scales_ptr + program * L + tl.arange(0, L))
     weight *= scale[:, None]
     carry *= scale
@@ -245,7 +244,7 @@ def keys_backward(
     log_input, decay, episode, first = load_gates(
         log_input_ptr, log_forget_ptr, first_ptr, row, batch, start, steps, L, EMPTY
     )
-    weight, carry = weights_inside(log_input, decay, episode, tl.load(stabilisers_ptr + program), L, EMPTY)
+    weight, carry, _ = weights_inside(log_input, decay, episode, tl.load(stabilisers_ptr + program), L, EMPTY)
     scale = tl.load(scales_ptr + program * L + tl.arange(0, L))
     weight *= scale[:, None]
     carry *= scale
@@ -294,80 +293,3 @@ def keys_backward(
     live = start + t < steps
     tl.store(grad_input_ptr + row * steps + start + t, grad_log, mask=live)
     tl.store(grad_forget_ptr + row * steps + start + t, tl.where(first != 0, 0.0, grad_forget), mask=live)
-
-
-@triton.jit(do_not_specialize=["heads", "steps"])
-def states_backward(
-    k_ptr: tl.tensor,
-    v_ptr: tl.tensor,
-    log_input_ptr: tl.tensor,
-    log_forget_ptr: tl.tensor,
-    first_ptr: tl.tensor,
-    states_ptr: tl.tensor,
-    stabilisers_ptr: tl.tensor,
-    grad_states_ptr: tl.tensor,
-    grad_end_ptr: tl.tensor,
-    grad_k_ptr: tl.tensor,
-    grad_v_ptr: tl.tensor,
-    grad_input_ptr: tl.tensor,
-    grad_forget_ptr: tl.tensor,
-    grad_c_ptr: tl.tensor,
-    k_batch: tl.tensor,
-    k_head: tl.tensor,
-    k_step: tl.tensor,
-    v_batch: tl.tensor,
-    v_head: tl.tensor,
-    v_step: tl.tensor,
-    heads: tl.tensor,
-    steps: tl.tensor,
-    chunks: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    L: tl.constexpr,
-    EMPTY: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """Carry the gradient of the memory of one head from the last chunk to before the first.
-
-    What reaches the memory at a chunk's end is added, through what the chunk wrote, to the gradients of k, v and gates.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    batch = row // heads
-    head = row % heads
-    k_ptr += batch * k_batch + head * k_head
-    v_ptr += batch * v_batch + head * v_head
-    grad_k_ptr += (batch * steps * heads + head) * K
-    grad_v_ptr += (batch * steps * heads + head) * V
-    t = tl.arange(0, L)
-    grad = tl.load(grad_end_ptr + row * K * V + tile(K, V))
-    for r in range(chunks):
-        i = chunks - 1 - r
-        start = i * L
-        log_input, decay, episode, first = load_gates(
-            log_input_ptr, log_forget_ptr, first_ptr, row, batch, start, steps, L, EMPTY
-        )
-        m_start = tl.load(stabilisers_ptr + row * chunks + i)
-        weight, carry, _ = weights_at_end(log_input, decay, episode, m_start, L, EMPTY)
-        k = load_rows(k_ptr, k_step, start, steps, 0, L, K)
-        v = load_rows(v_ptr, v_step, start, steps, 0, L, V)
-        narrow = grad.to(k.dtype)
-        k_grad = tl.dot(k, narrow, input_precision=PRECISION) * weight[:, None]  # (L, V)
-        v_grad = tl.dot(v, tl.trans(narrow), input_precision=PRECISION) * weight[:, None]  # (L, K)
-        store_rows(
-            grad_k_ptr, v_grad + load_rows(grad_k_ptr, heads * K, start, steps, 0, L, K), heads * K, start, steps, L, K
-        )
-        store_rows(
-            grad_v_ptr, k_grad + load_rows(grad_v_ptr, heads * V, start, steps, 0, L, V), heads * V, start, steps, L, V
-        )
-
-        c = tl.load(states_ptr + (row * chunks + i) * K * V + tile(K, V))
-        of_carry = carry * tl.sum(tl.sum(grad * c, 1), 0)
-        of_weight = tl.sum(k_grad * v, 1)  # (L,), of the logarithms
-        of_forget = of_carry + tl.cumsum(of_weight, 0) - of_weight
-        live = start + t < steps
-        gate = row * steps + start + t
-        tl.store(grad_input_ptr + gate, of_weight + tl.load(grad_input_ptr + gate, mask=live, other=0.0), mask=live)
-        of_forget = tl.where(first != 0, 0.0, of_forget) + tl.load(grad_forget_ptr + gate, mask=live, other=0.0)
-        tl.store(grad_forget_ptr + gate, of_forget, mask=live)
-        grad = carry * grad + tl.load(grad_states_ptr + (row * chunks + i) * K * V + tile(K, V))
-    tl.store(grad_c_ptr + row * K * V + tile(K, V), grad)

@@ -41,7 +41,7 @@ def load_gates(
 def weights_inside(
     log_input: tl.tensor, decay: tl.tensor, episode: tl.tensor, m_start: tl.tensor, L: tl.constexpr, EMPTY: tl.constexpr
 ) -> tuple:
-    """D (L, L) and a (L,), divided by exp(m_t), with m_start that of the memory at the chunk's start."""
+    """D (L, L) and a (L,), divided by exp(m_t), and m_t (L,), with m_start that of the memory at the chunk's start."""
     t = tl.arange(0, L)
     seen = (t[:, None] >= t[None, :]) & (episode[:, None] == episode[None, :])
     log_weight = tl.where(seen, decay[:, None] - decay[None, :] + log_input[None, :], EMPTY)
@@ -49,7 +49,7 @@ def weights_inside(
     m = tl.maximum(tl.max(log_weight, 1), log_carry)
     weight = tl.where(seen, tl.exp(log_weight - m[:, None]), 0.0)
     carry = tl.where(episode == 0, tl.exp(log_carry - m), 0.0)
-    return weight, carry
+    return weight, carry, m
 
 
 @triton.jit

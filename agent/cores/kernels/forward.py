@@ -1,4 +1,4 @@
-"""The orthogonalised read over a sequence: forward kernels."""
+"""The orthogonalised read over a sequence: the forward kernel."""
 
 import triton
 import triton.language as tl
@@ -11,73 +11,8 @@ from agent.cores.kernels.chunk import (
     tile,
     to_keys,
     to_values,
-    weights_at_end,
     weights_inside,
 )
-
-
-@triton.jit(do_not_specialize=["heads", "steps"])
-def chunk_states(
-    k_ptr: tl.tensor,
-    v_ptr: tl.tensor,
-    log_input_ptr: tl.tensor,
-    log_forget_ptr: tl.tensor,
-    first_ptr: tl.tensor,
-    c_ptr: tl.tensor,
-    n_ptr: tl.tensor,
-    m_ptr: tl.tensor,
-    states_ptr: tl.tensor,
-    stabilisers_ptr: tl.tensor,
-    c_out_ptr: tl.tensor,
-    n_out_ptr: tl.tensor,
-    m_out_ptr: tl.tensor,
-    k_batch: tl.tensor,
-    k_head: tl.tensor,
-    k_step: tl.tensor,
-    v_batch: tl.tensor,
-    v_head: tl.tensor,
-    v_step: tl.tensor,
-    heads: tl.tensor,
-    steps: tl.tensor,
-    chunks: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    L: tl.constexpr,
-    EMPTY: tl.constexpr,
-) -> None:
-    """The memory before each chunk and after the last step. Program (batch row and head, COLUMNS columns of C)."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS
-    batch = row // heads
-    head = row % heads
-    keys = tl.arange(0, K)
-    cell = keys[:, None] * V + (column + tl.arange(0, COLUMNS))[None, :]
-    k_ptr += batch * k_batch + head * k_head
-    v_ptr += batch * v_batch + head * v_head
-
-    # A memory that is emptied at once is not read: what it holds may be infinite.
-    kept = tl.load(first_ptr + batch * steps) == 0
-    wanted = tl.where(kept, keys, -1) >= 0
-    c = tl.load(c_ptr + row * K * V + cell, mask=wanted[:, None], other=0.0)
-    n = tl.load(n_ptr + row * K + keys, mask=wanted, other=0.0)
-    m = tl.where(kept, tl.load(m_ptr + row), EMPTY)
-    for i in range(chunks):
-        start = i * L
-        tl.store(states_ptr + (row * chunks + i) * K * V + cell, c)
-        tl.store(stabilisers_ptr + row * chunks + i, m)
-        log_input, decay, episode, _ = load_gates(
-            log_input_ptr, log_forget_ptr, first_ptr, row, batch, start, steps, L, EMPTY
-        )
-        weight, carry, m = weights_at_end(log_input, decay, episode, m, L, EMPTY)
-        k = load_rows(k_ptr, k_step, start, steps, 0, L, K).to(tl.float32) * weight[:, None]
-        v = load_rows(v_ptr, v_step, start, steps, column, L, COLUMNS).to(tl.float32)
-        c = carry * c + tl.dot(tl.trans(k), v, input_precision="tf32x3")
-        n = carry * n + tl.sum(k, 0)
-    tl.store(c_out_ptr + row * K * V + cell, c)
-    # All programs of a row have the same n and m; one stores them.
-    tl.store(n_out_ptr + row * K + keys, n, mask=tl.where(column == 0, keys, -1) >= 0)
-    tl.store(m_out_ptr + row, m, mask=column == 0)
 
 
 @triton.jit(do_not_specialize=["heads", "steps", "chunks"])
@@ -137,7 +72,7 @@ def read_forward(
     log_input, decay, episode, _ = load_gates(
         log_input_ptr, log_forget_ptr, first_ptr, row, batch, start, steps, L, EMPTY
     )
-    weight, carry = weights_inside(log_input, decay, episode, tl.load(stabilisers_ptr + program), L, EMPTY)
+    weight, carry, _ = weights_inside(log_input, decay, episode, tl.load(stabilisers_ptr + program), L, EMPTY)
 
     scores_k = tl.dot(k, tl.trans(k), input_precision=PRECISION)
     scores_v = tl.dot(v, tl.trans(v), input_precision=PRECISION)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from agent.cores.folding import fold
-from agent.cores.kernels.backward import keys_backward, read_backward, states_backward, values_backward
-from agent.cores.kernels.forward import chunk_states, read_forward
-from agent.cores.kernels.tuning import STATE_COLUMNS, chunk_length, launch
+from agent.cores.kernels.backward import keys_backward, read_backward, values_backward
+from agent.cores.kernels.forward import read_forward
+from agent.cores.kernels.layout import like_rows, unit_columns
+from agent.cores.kernels.states import chunk_states, states_backward
+from agent.cores.kernels.tuning import STATE_COLUMNS, chunk_length, launch, precision
 from agent.cores.memory import EMPTY, NORM_FLOOR, Memory
 
 
@@ -54,7 +56,7 @@ def forward_op(
 
     With `save` also the scales (B, H, N, L) and bases (B, H, N, J, L, K), (B, H, N, J, L, V) of `read_forward`.
     """
-    q, k, v = (_unit_columns(x) for x in (q, k, v))
+    q, k, v = (unit_columns(x) for x in (q, k, v))
     log_input, log_forget, first, C, n, m = (x.contiguous() for x in (log_input, log_forget, first, C, n, m))
     outputs = _forward_outputs(q, v, C, n, m, len(coefficients), chunk, save)
     y, C_after, n_after, m_after, states, stabilisers, scales, basis_k, basis_v = outputs
@@ -64,7 +66,7 @@ def forward_op(
     sizes = {"K": K, "V": V, "L": basis_k.shape[-2], "EMPTY": EMPTY}
     columns = min(V, STATE_COLUMNS)
     chunk_states[(batch * heads, V // columns)](
-        k, v, log_input, log_forget, first, C, n, m, states, stabilisers, C_after, n_after, m_after,
+        k, v, log_input, log_forget, first, C, n, m, states, None, stabilisers, C_after, n_after, m_after,
         *k.stride()[:3], *v.stride()[:3], heads, steps, chunks,
         COLUMNS=columns, **sizes, **launch("chunk_states", K, V, k.element_size()),
     )  # fmt: skip
@@ -72,7 +74,7 @@ def forward_op(
         q, k, v, log_input, log_forget, first, states, stabilisers, coefficients.contiguous(),
         y, scales, basis_k, basis_v,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, steps, chunks,
-        COEFFICIENTS=len(coefficients), **sizes, FLOOR=NORM_FLOOR, SAVE=save, PRECISION=_precision(q),
+        COEFFICIENTS=len(coefficients), **sizes, FLOOR=NORM_FLOOR, SAVE=save, PRECISION=precision(q.dtype),
         **launch("read_forward", K, V, k.element_size()),
     )  # fmt: skip
     return outputs
@@ -87,7 +89,7 @@ def _forward_outputs(
     chunks = -(-steps // length)
     bases = (batch, heads, chunks) if save else (0, 0, 0)
     return (
-        _like_rows(v),
+        like_rows(v),
         C.new_empty(C.shape),
         n.new_empty(n.shape),
         m.new_empty(m.shape),
@@ -113,7 +115,7 @@ def backward_op(
     coefficients: Tensor, states: Tensor, stabilisers: Tensor, scales: Tensor, basis_k: Tensor, basis_v: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, log_input, log_forget and C from those of y and of C after the last step."""
-    grad_y, k, v = (_unit_columns(x) for x in (grad_y, k, v))
+    grad_y, k, v = (unit_columns(x) for x in (grad_y, k, v))
     grad_C, log_input, log_forget, first = (x.contiguous() for x in (grad_C, log_input, log_forget, first))
     outputs = _backward_outputs(k, v, log_input, grad_C)
     grad_q, grad_k, grad_v, grad_input, grad_forget, grad_C_before = outputs
@@ -122,7 +124,7 @@ def backward_op(
     V = v.shape[-1]
     chunks = states.shape[2]
     length = scales.shape[-1]
-    sizes = {"K": K, "V": V, "L": length, "EMPTY": EMPTY, "PRECISION": _precision(k)}
+    sizes = {"K": K, "V": V, "L": length, "EMPTY": EMPTY, "PRECISION": precision(k.dtype)}
     adjoints = (batch, heads, chunks, len(coefficients) - 1, length)
     adjoint_k, adjoint_v = basis_k.new_empty(*adjoints, K), basis_v.new_empty(*adjoints, V)
     inputs = (grad_y, k, v, log_input, log_forget, first, states, stabilisers, scales)
@@ -142,8 +144,8 @@ def backward_op(
         *strides, COEFFICIENTS=len(coefficients), **sizes, **launch("keys_backward", K, V, k.element_size()),
     )  # fmt: skip
     states_backward[(batch * heads,)](
-        k, v, log_input, log_forget, first, states, stabilisers, grad_states, grad_C,
-        grad_k, grad_v, grad_input, grad_forget, grad_C_before,
+        k, v, log_input, log_forget, first, states, None, stabilisers, grad_states, None, grad_C, None,
+        grad_k, grad_v, grad_input, grad_forget, grad_C_before, None,
         *k.stride()[:3], *v.stride()[:3], heads, steps, chunks,
         **sizes, **launch("states_backward", K, V, k.element_size()),
     )  # fmt: skip
@@ -154,7 +156,7 @@ def _backward_outputs(
     k: Tensor, v: Tensor, gate: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     gates = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    return (_like_rows(k), _like_rows(k), _like_rows(v), *gates, C.new_empty(C.shape))
+    return (like_rows(k), like_rows(k), like_rows(v), *gates, C.new_empty(C.shape))
 
 
 @backward_op.register_fake
@@ -186,18 +188,3 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_C: Tensor | None, *_: None) 
 torch.library.register_autograd(forward_op, _backward, setup_context=_save)
 torch.library.register_vmap(forward_op, fold(forward_op, shared=(9,)))
 torch.library.register_vmap(backward_op, fold(backward_op, shared=(7,)))
-
-
-def _unit_columns(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _like_rows(x: Tensor) -> Tensor:
-    """An empty (B, H, T, d) that lies in memory as (B, T, H, d), the way the layers around a memory have it."""
-    batch, heads, steps, width = x.shape
-    return x.new_empty(batch, steps, heads, width).transpose(1, 2)
-
-
-def _precision(x: Tensor) -> str:
-    """Products of fp32 tiles in three TF32 products, which is fp32 to rounding; bf16 tiles need no such choice."""
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 DIMS = (16, 32, 64, 128)
 """Head dimensions of keys and values that the kernels take."""
 
@@ -24,6 +26,8 @@ LAUNCH: dict[str, dict[int, Launch]] = {
     "read_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
     "values_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
     "keys_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
+    "plain_forward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
+    "plain_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
     "states_backward": {16: Launch(4), 32: Launch(2), 64: Launch(8), 128: Launch(8)},
 }
 """Kernel -> width, the larger head dimension (fp32 counts twice, as it takes twice the room of bf16) -> launch.
@@ -46,6 +50,11 @@ def chunk_length(chunk: int, key_dim: int, value_dim: int, bytes_per_number: int
     """Steps per chunk: a power of two from 16 up to what `chunk` asks for and one program can hold."""
     most = min(chunk, CHUNK[_width(key_dim, value_dim, bytes_per_number)])
     return max(16, 1 << (most.bit_length() - 1))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Products of fp32 tiles in three TF32 products, which is fp32 to rounding; bf16 tiles need no such choice."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def _width(key_dim: int, value_dim: int, bytes_per_number: int) -> int:
