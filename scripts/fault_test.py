@@ -131,9 +131,9 @@ def main() -> None:
             "python scripts/fault_test.py --kills 20",
             "python scripts/fault_test.py --kills 5 --env dmc_walker --core mlstm --steps 3000",
         ],
-        flags=("env", "core", "size", "steps", "seed", "set"),
+        flags=("env", "core", "size", "device", "steps", "seed", "set"),
     )
-    parser.set_defaults(env="gym_CartPole-v1", core="gru", size="debug", steps="6000", seed="0")
+    parser.set_defaults(env="gym_CartPole-v1", core="gru", size="debug", device="cpu", steps="6000", seed="0")
     parser.add_argument("--kills", metavar="N", type=int, default=20, help="how often the run is killed")
     parser.add_argument("--seconds", metavar="S", type=float, default=1.5, help="time between two checkpoints")
     arguments = parser.parse_args()
@@ -146,7 +146,8 @@ def main() -> None:
     settings = ["log.every=100", f"checkpoint.minutes={arguments.seconds / 60}", *arguments.set]
     script = Path(__file__).with_name("train_agent.py")
     common = [sys.executable, str(script), "--env", arguments.env, "--core", arguments.core, "--size", arguments.size]
-    common += ["--steps", arguments.steps, "--seed", arguments.seed, "--device", "cpu", "--set", *settings, "--logdir"]
+    common += ["--steps", arguments.steps, "--seed", arguments.seed, "--device", arguments.device]
+    common += ["--set", *settings, "--logdir"]
 
     print(f"two runs in {work}", flush=True)
     undisturbed = subprocess.run([*common, str(work / "whole")], stderr=subprocess.PIPE, text=True)

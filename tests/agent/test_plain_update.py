@@ -55,9 +55,9 @@ def test_losses_gradients_and_latents_are_those_of_the_plain_update(
     found: dict[str, list[Tensor]] = {}
     optimize = one.learner._optimize
 
-    def recorded(gradients: list[Tensor], fine: Tensor) -> dict[str, Tensor]:
+    def recorded(gradients: list[Tensor], *rest: Any) -> dict[str, Tensor]:
         found["fast"] = [gradient.clone() for gradient in gradients]
-        return optimize(gradients, fine)
+        return optimize(gradients, *rest)
 
     monkeypatch.setattr(one.learner, "_optimize", recorded)
     monkeypatch.setattr(PlainUpdate, "descend", lambda self, gradients: found.update(plain=gradients))
@@ -87,7 +87,7 @@ def test_steps_of_both_optimizers_are_equal(make_agent: Make) -> None:
     for scale in (1e-3, 1.0, 1e2, 1.0):  # the third is clipped
         gradients = [scale * torch.randn_like(parameter) for parameter in one.learner.parameters]
         plain.descend([gradient.clone() for gradient in gradients])
-        one.learner._optimize(gradients, fine)
+        one.learner._optimize(gradients, fine, one.learner.optimizer.norms(gradients))
     for learner in (one.learner, other.learner):
         assert not any(torch.equal(a, b) for a, b in zip(learner.parameters, before, strict=True))
     mine, theirs = one.learner, other.learner
