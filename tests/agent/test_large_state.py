@@ -236,7 +236,7 @@ def test_metrics_tell_of_the_core(make: Make, monkeypatch: pytest.MonkeyPatch) -
     core, seen = agent.world_model.rssm.core, {}
     windows = torch.tensor([[0, 1], [8, 24]])
 
-    def optimize(gradients: list[Tensor], fine: Tensor) -> dict[str, Tensor]:
+    def optimize(gradients: list[Tensor], *rest: Any) -> dict[str, Tensor]:
         of = dict(zip(map(id, agent.learner.parameters), gradients, strict=True))
         seen["gradient"] = torch.cat([of[id(parameter)].flatten() for parameter in core.parameters()]).norm().item()
         return {}
