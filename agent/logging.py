@@ -183,6 +183,10 @@ class LiveLine:
         ]
         return ", ".join(parts)
 
+    def forget_rates(self) -> None:
+        """Count rates from now on: what came before, such as compiling, says nothing of what is left."""
+        self._history.clear()
+
     def note(self, line: str) -> None:
         """Print a line of its own without breaking the live one."""
         if self._bar is not None:

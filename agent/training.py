@@ -463,6 +463,7 @@ class Run:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.line.note(f"first update {time.monotonic() - self.started:.1f} s after the start")
+            self.line.forget_rates()
 
 
 def platform(device: torch.device) -> dict[str, str]:

@@ -108,6 +108,21 @@ def test_plain_lines_come_at_most_every_30_seconds_and_at_the_end():
     assert len(stream.getvalue().splitlines()) == 4
 
 
+def test_the_time_of_the_first_update_is_in_no_rate():
+    clock = Clock()
+    live = LiveLine(100_000, 0, "cpu", io.StringIO(), clock)
+    live.update(0, 0)
+    clock.now = 90.0  # compiling
+    live.update(8, 1)
+    live.forget_rates()
+    assert live.text() == ""
+    live.update(8, 1)
+    assert "ETA ?" in live.text()
+    clock.now = 91.0
+    live.update(108, 26)
+    assert "100 frames/s" in live.text()
+
+
 def test_rates_forget_what_is_long_ago():
     clock = Clock()
     live = LiveLine(100_000, 0, "cpu", io.StringIO(), clock)

@@ -24,7 +24,7 @@ LAUNCH: dict[str, dict[int, Launch]] = {
     "chunk_states": {16: Launch(4, 2), 32: Launch(4, 2), 64: Launch(4, 2), 128: Launch(4, 2)},
     "read_forward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
     "read_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
-    "values_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
+    "values_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4, 3), 128: Launch(8)},
     "keys_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
     "plain_forward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
     "plain_backward": {16: Launch(4), 32: Launch(2), 64: Launch(4), 128: Launch(8)},
