@@ -12,6 +12,7 @@ from torch.autograd import DeviceType
 import envs
 from agent.agent import Agent
 from agent.plain_update import PlainUpdate
+from agent.random_state import make_deterministic
 from agent.rehearsal import rehearsing
 from agent.replay import Replay
 from agent.schema import Config
@@ -45,6 +46,7 @@ def time_updates(
         `times_plain`, how many times `ms` that is.
     """
     device = choose_training_device(config)
+    make_deterministic(config, device)  # as a run does: it decides on kernels, and under which name code is kept
     env = envs.make(config.env.name, action_repeat=config.env.action_repeat, options=config.env.options)
     agent, replay = rehearsing(env.observation_space, env.action_space, config, device)
 
