@@ -193,9 +193,7 @@ class Learner:
         self.frozen_critic.refresh()
 
     @torch.no_grad()
-    def _optimized(
-        self, gradients: list[Tensor], fine: Tensor, norms: tuple[Tensor, Tensor]
-    ) -> dict[str, Tensor]:  # fmt: skip
+    def _optimized(self, gradients: list[Tensor], fine: Tensor, norms: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Region: new weights if the update was fine, those of slow critic and frozen twins too; gradients' norms."""
         of_core = (norms[0].square() * self._in_core).sum().sqrt()
         statistics = {"core/gradient_norm": of_core} | self.optimizer.step(gradients, fine, norms)

@@ -89,9 +89,10 @@ def assert_follows_naive(inputs: Inputs, c: Tensor, chunk: int = 64) -> None:
     for name, a, b in zip(("y", "C", "n", "m"), ours, theirs, strict=True):
         assert error(a, b) < (BF16 if narrow and name == "y" else FP32), name
     bounds = [BF16] * 3 + [BF16_GATES] * 2 + [BF16] if narrow else [5 * FP32] * len(NAMES)
+    emptied = inputs[5][:, 0].all()  # then what it held has a gradient of exactly 0, and so has its decay
     for name, a, b, bound in zip(NAMES, our_gradients, their_gradients, bounds, strict=False):
-        # What was emptied, and a single step's gates, have a gradient of 0.
-        assert (a - b).norm() < bound * b.norm() + FP32, name
+        assert b.norm() > 0 or emptied, name
+        assert error(a, b) < bound, name
 
 
 @pytest.mark.parametrize("own_coefficients", [False, True])
