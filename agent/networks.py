@@ -58,17 +58,31 @@ class BlockLinear(nn.Module):
 
     The weight lies as (blocks, in / blocks, out / blocks), the operand order of a batched product, since every other
     layout costs a copy at each call.
+
+    Args:
+        in_size: of all blocks together.
+        out_size: of all blocks together.
+        blocks: how many.
+        fan_in: for the initialisation; the reference's, the full input width, if it is not given.
+        products: how many batched products to compute it by, each of equally many neighbouring blocks with zeros
+            between them, where many tiny ones would be slow; one for each block if it is not given.
     """
 
-    def __init__(self, in_size: int, out_size: int, blocks: int, *, fan_in: int | None = None):
+    def __init__(
+        self, in_size: int, out_size: int, blocks: int, *, fan_in: int | None = None, products: int | None = None
+    ):
         super().__init__()
+        self.joined = blocks // (products or blocks)
         self.weight = nn.Parameter(torch.empty(blocks, in_size // blocks, out_size // blocks))
         self.bias = nn.Parameter(torch.zeros(out_size))
-        # The reference initialises with the full input width, not with the width that one block sees.
         initialize_(self.weight, fan_in or in_size)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return block_linear(x, self.weight, self.bias)
+        weight = self.weight
+        if self.joined > 1:  # (g, i, o) -> (g / j, j i, j o)
+            apart = torch.eye(self.joined, device=weight.device, dtype=weight.dtype)[:, None, :, None]
+            weight = (weight.unflatten(0, (-1, self.joined)).unsqueeze(3) * apart).flatten(1, 2).flatten(2, 3)
+        return block_linear(x, weight, self.bias)
 
 
 class Conv(nn.Module):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict, Field, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -38,6 +38,13 @@ class MLSTMConfig:
     conv: Annotated[int, Field(ge=2)]
     input_gate: Literal["exponential", "sigmoid"]
     unit_norm: bool
+    qkv_block: PositiveInt | None
+
+    @model_validator(mode="after")
+    def _divides(self) -> "MLSTMConfig":
+        if self.head_dim % (self.qkv_block or 1):
+            raise ValueError(f"qkv_block ({self.qkv_block}) must divide head_dim ({self.head_dim})")
+        return self
 
 
 class MLSTMBlock(nn.Module):
@@ -58,7 +65,10 @@ class MLSTMBlock(nn.Module):
         self.conv = nn.Parameter(torch.empty(inner, config.conv))
         initialize_(self.conv, config.conv)
         self.conv_bias = nn.Parameter(torch.zeros(inner))
-        self.query, self.key, self.value = (BlockLinear(inner, inner, heads, fan_in=config.head_dim) for _ in range(3))
+        width = config.qkv_block or config.head_dim
+        self.query, self.key, self.value = (
+            BlockLinear(inner, inner, inner // width, fan_in=width, products=heads) for _ in range(3)
+        )
         # Gates begin as constants of their heads, and learn to look.
         self.gates = nn.Parameter(torch.zeros(2 * heads, 3 * inner))
         input_bias, forget_bias = INPUT_BIAS_STD * torch.randn(heads), torch.linspace(*FORGET_BIAS, heads)
@@ -85,21 +95,36 @@ class MLSTMBlock(nn.Module):
             x (B, T, W), the memory that the cell gives, and history (B, conv - 1, I) or with `keep` (B, K, ...).
         """
         u, z = self.up(self.norm(x)).chunk(2, -1)  # (B, T, I)
-        recent = self._recent(u, history, first)
-        c = F.silu((recent * self.conv.to(x.dtype)).sum(-1) + self.conv_bias.to(x.dtype))
+        # What came before each step is seen by the convolution only where no reset lies between.
+        before = self.config.conv - 1
+        steps = torch.cat([history.to(x.dtype), u], 1)  # (B, conv - 1 + T, I)
+        episode = F.pad(first.cumsum(1), (before, 0)).unsqueeze(-1)  # (B, conv - 1 + T, 1)
+        c = F.silu(self._convolved(steps, episode).to(x.dtype))
         q, k, v, log_input, log_forget = self._cell_inputs(c, u)
         y, memory = cell(q, k, v, log_input, log_forget, first, memory)
         y = self.head_norm(y.transpose(1, 2)).flatten(2)  # (B, T, I)
         x = x + self.down((y + self.skip.to(x.dtype) * c) * F.silu(z))
-        seen = recent[:, -1] if keep is None else take(recent, 1, keep)
-        return x, memory, seen[..., 1:].mT.to(history.dtype)
+        last = [steps.shape[1] - 1] if keep is None else [before + step for step in keep]
+        windows = []
+        for back in reversed(range(before)):
+            places = [place - back for place in last]
+            same = take(episode, 1, places) == take(episode, 1, last)
+            windows.append(torch.where(same, take(steps, 1, places), 0.0))
+        seen = torch.stack(windows, 2).to(history.dtype)  # (B, K, conv - 1, I)
+        return x, memory, seen.squeeze(1) if keep is None else seen
 
-    def _recent(self, u: Tensor, history: Tensor, first: Tensor) -> Tensor:
-        """The last `conv` of u at each step, (B, T, I, conv), zero where a reset lies between."""
+    def _convolved(self, steps: Tensor, episode: Tensor) -> Tensor:
+        """Steps (B, conv - 1 + T, I) and their episodes (B, conv - 1 + T, 1) -> convolution (B, T, I) in fp32.
+
+        A sum of shifted views, as the gradient of one view of all windows would be a scattered sum.
+        """
         before = self.config.conv - 1
-        episode = F.pad(first.cumsum(1), (before, 0)).unfold(1, before + 1, 1)  # (B, T, conv)
-        steps = torch.cat([history.to(u.dtype), u], 1).unfold(1, before + 1, 1)  # (B, T, I, conv)
-        return torch.where((episode == episode[..., -1:]).unsqueeze(2), steps, 0.0)
+        total = self.conv_bias.to(torch.promote_types(steps.dtype, torch.float32))
+        length = steps.shape[1] - before
+        for place, weight in enumerate(self.conv.unbind(1)):
+            seen, own = (slice(start, start + length) for start in (place, before))
+            total = total + torch.where(episode[:, seen] == episode[:, own], steps[:, seen], 0.0) * weight.to(total.dtype)
+        return total
 
     def _cell_inputs(self, c: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The branches c, u (B, T, I) -> q, k, v (B, H, T, D) and the logarithms of both gates (B, H, T)."""

@@ -13,8 +13,8 @@ CUDA = torch.cuda.is_available()  # elsewhere conftest.py has Triton interpret t
 
 DEVICE = "cuda" if CUDA else "cpu"
 
-SIZES = [(16, 16, 1), (32, 16, 63), (16, 32, 64), (16, 16, 65), (16, 16, 150)]
-CUDA_SIZES = [(d, d, steps) for d in DIMS for steps in (1, 63, 64, 65, 200)]
+SIZES = [(16, 16, 1), (32, 16, 63), (16, 32, 64), (16, 16, 65), (16, 16, 150), (12, 24, 65)]
+CUDA_SIZES = [(d, d, steps) for d in (*DIMS, 48) for steps in (1, 63, 64, 65, 200)]
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Memory]
 

@@ -333,7 +333,7 @@ def test_on_the_cpu_the_reference_runs() -> None:
 
 
 def test_a_step_with_gradients_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_fits", lambda q, k, v: True)
+    monkeypatch.setattr(kernels, "_fits", lambda q, k, v, dims: True)
     calls = []
     monkeypatch.setattr(one_step, "step", lambda *arguments: calls.append(1) or (arguments[0], arguments[6]))
     *now, first, memory = at(make_inputs(1, 16, 16), 0)
@@ -348,10 +348,10 @@ def test_a_step_with_gradients_is_the_reference(monkeypatch: pytest.MonkeyPatch)
 
 def test_kernels_are_taken_where_they_fit() -> None:
     q, k, v, *_ = make_inputs(2, 16, 16)
-    assert kernels._fits(q, k, v) == CUDA
+    assert kernels._fits(q, k, v, DIMS) == CUDA
     for other in (q.double(), q[..., :12], q.half()):
-        assert not kernels._fits(other, other, other)
-    assert not kernels._fits(q, k, v.bfloat16())
+        assert not kernels._fits(other, other, other, DIMS)
+    assert not kernels._fits(q, k, v.bfloat16(), DIMS)
 
 
 @requires_cuda

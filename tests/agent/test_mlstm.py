@@ -100,8 +100,9 @@ def reference(core: MLSTM, x: Any, first: Any) -> Any:
             c = silu(sum(w["conv"][:, -1 - ago] * past[-1 - ago] for ago in range(len(past))) + w["conv_bias"])
             parts = []
             for name, branch in (("query", c), ("key", c), ("value", u)):
-                by_head = np.einsum("hd,hde->he", branch.reshape(heads, d), w[f"{name}.weight"])
-                parts.append(by_head + w[f"{name}.bias"].reshape(heads, d))
+                weight = w[f"{name}.weight"]  # (blocks, width, width)
+                by_block = np.einsum("gd,gde->ge", branch.reshape(len(weight), -1), weight)
+                parts.append((by_block.reshape(-1) + w[f"{name}.bias"]).reshape(heads, d))
             i, f = np.split(w["gates"] @ np.concatenate([p.reshape(-1) for p in parts]) + w["gates_bias"], 2)
             i, f = (np.exp(i) if config.input_gate == "exponential" else sigmoid(i)), sigmoid(f)
             q, k, v = parts
@@ -131,6 +132,7 @@ def reference(core: MLSTM, x: Any, first: Any) -> Any:
     [
         ("mlstm", ["unit_norm=false", "input_gate=exponential"]),
         ("mlstm", ["unit_norm=true", "input_gate=sigmoid", "conv=3", "blocks=1"]),
+        ("mlstm", ["qkv_block=2"]),
         ("ortho_mlstm", ["form=exact"]),
         ("ortho_mlstm", ["degree=41"]),
         ("mesa", []),

@@ -310,7 +310,7 @@ def test_the_reads_take_the_kernels_where_they_fit(monkeypatch: pytest.MonkeyPat
     expected, expected_after = plain_sequence.plain_read_sequence(*inputs)
     calls = []
     run = plain_sequence.plain_read_sequence
-    monkeypatch.setattr(kernels, "_fits", lambda q, k, v: True)
+    monkeypatch.setattr(kernels, "_fits", lambda q, k, v, dims: True)
     monkeypatch.setattr(plain_sequence, "plain_read_sequence", lambda *given: calls.append(1) or run(*given))
     for read in plain_reads():
         y, after = read.sequence(*inputs)

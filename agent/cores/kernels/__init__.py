@@ -1,9 +1,10 @@
 """Triton twins of functions in `agent.cores.memory`, and the one place that chooses between the two.
 
-The kernels run where they can: on CUDA, with triton installed, in fp32 or bf16, for head dimensions in `tuning.DIMS`.
-Everything else is the reference, with the same arguments and results.
+The kernels run where they can: on CUDA, with triton installed, in fp32 or bf16, for head dimensions in `tuning.DIMS`,
+over sequences for all up to the largest of them. Everything else is the reference, with the same arguments and results.
 """
 
+from collections.abc import Container
 from importlib.util import find_spec
 
 import torch
@@ -14,6 +15,7 @@ from agent.cores.kernels.tuning import DIMS
 from agent.cores.memory import Memory
 
 _INSTALLED = find_spec("triton") is not None
+OVER_SEQUENCES = range(1, max(DIMS) + 1)
 
 
 def available() -> bool:
@@ -21,15 +23,15 @@ def available() -> bool:
     return _INSTALLED
 
 
-def _fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernels take q, k (..., K) and v (..., V)."""
+def _fits(q: Tensor, k: Tensor, v: Tensor, dims: Container[int]) -> bool:
+    """Whether the kernels take q, k (..., K) and v (..., V) where they take K and V in `dims`."""
     return (
         available()
         and q.is_cuda
         and q.dtype in (torch.float32, torch.bfloat16)
         and q.dtype == k.dtype == v.dtype
-        and q.shape[-1] in DIMS
-        and v.shape[-1] in DIMS
+        and q.shape[-1] in dims
+        and v.shape[-1] in dims
     )
 
 
@@ -43,7 +45,7 @@ def step(
     The kernel has no gradient, so that where one is asked for, the reference runs.
     """
     sources = (q, k, v, log_input, log_forget, *memory)
-    if _fits(q, k, v) and not (torch.is_grad_enabled() and any(source.requires_grad for source in sources)):
+    if _fits(q, k, v, DIMS) and not (torch.is_grad_enabled() and any(source.requires_grad for source in sources)):
         from agent.cores.kernels import one_step as kernel
 
         return kernel.step(q, k, v, log_input, log_forget, first, memory, coefficients)
@@ -58,7 +60,7 @@ def plain_read_sequence(
     chunk: int = 64,
 ) -> tuple[Tensor, Memory]:  # fmt: skip
     """`agent.cores.memory.plain_read_sequence`; what the kernels' gradient leaves out is said at their own."""
-    if _fits(q, k, v):
+    if _fits(q, k, v, OVER_SEQUENCES):
         from agent.cores.kernels import plain_sequence as kernel
 
         return kernel.plain_read_sequence(q, k, v, log_input, log_forget, first, memory, chunk)
@@ -70,7 +72,7 @@ def polynomial_read_sequence(
     coefficients: Tensor, chunk: int = 64,
 ) -> tuple[Tensor, Memory]:  # fmt: skip
     """`agent.cores.memory.polynomial_read_sequence`; what the kernels' gradient leaves out is said at their own."""
-    if _fits(q, k, v):
+    if _fits(q, k, v, OVER_SEQUENCES):
         from agent.cores.kernels import sequence as kernel
 
         return kernel.polynomial_read_sequence(

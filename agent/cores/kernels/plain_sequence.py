@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from agent.cores.folding import fold
-from agent.cores.kernels.layout import like_rows, unit_columns
+from agent.cores.kernels.layout import cut, filled_up, like_rows, unit_columns
 from agent.cores.kernels.plain import plain_backward, plain_forward
 from agent.cores.kernels.states import chunk_states, states_backward
 from agent.cores.kernels.tuning import STATE_COLUMNS, chunk_length, launch, precision
@@ -28,7 +28,7 @@ def plain_read_sequence(
     through its own, and what is read from it does not miss it.
 
     Args:
-        q: queries (B, H, T, K), fp32 or bf16, in the dtype of k and v; K and V are among `tuning.DIMS`.
+        q: queries (B, H, T, K), fp32 or bf16, in the dtype of k and v; K and V are at most the largest of `tuning.DIMS`.
         k: keys (B, H, T, K).
         v: values (B, H, T, V).
         log_input: logarithm of the input gate (B, H, T), fp32.
@@ -40,8 +40,10 @@ def plain_read_sequence(
     Returns:
         y (B, H, T, V) in the dtype of v and the memory after the last step.
     """
+    key, value = k.shape[-1], v.shape[-1]
+    q, k, v, memory = filled_up(q, k, v, memory)
     y, C, n, m, *_ = forward_op(q, k, v, log_input, log_forget, first, *memory, chunk)
-    return y, Memory(C, n, m.detach())
+    return cut(y, Memory(C, n, m.detach()), key, value)
 
 
 @torch.library.custom_op("matrix_memory::plain_read", mutates_args=())

@@ -13,7 +13,7 @@ from torch import Tensor
 from agent.cores.folding import fold
 from agent.cores.kernels.backward import keys_backward, read_backward, values_backward
 from agent.cores.kernels.forward import read_forward
-from agent.cores.kernels.layout import like_rows, unit_columns
+from agent.cores.kernels.layout import cut, filled_up, like_rows, unit_columns
 from agent.cores.kernels.states import chunk_states, states_backward
 from agent.cores.kernels.tuning import STATE_COLUMNS, chunk_length, launch, precision
 from agent.cores.memory import EMPTY, NORM_FLOOR, Memory
@@ -29,7 +29,7 @@ def polynomial_read_sequence(
     through its own, nor does n, and what is read from the memory by direction alone does not miss it.
 
     Args:
-        q: queries (B, H, T, K), fp32 or bf16, in the dtype of k and v; K and V are among `tuning.DIMS`.
+        q: queries (B, H, T, K), fp32 or bf16, in the dtype of k and v; K and V are at most the largest of `tuning.DIMS`.
         k: keys (B, H, T, K).
         v: values (B, H, T, V).
         log_input: logarithm of the input gate (B, H, T), fp32.
@@ -42,9 +42,11 @@ def polynomial_read_sequence(
     Returns:
         y (B, H, T, V) in the dtype of v and the memory after the last step.
     """
+    key, value = k.shape[-1], v.shape[-1]
+    q, k, v, memory = filled_up(q, k, v, memory)
     save = torch.is_grad_enabled()  # what a tensor requires is not known under vmap
     y, C, n, m, *_ = forward_op(q, k, v, log_input, log_forget, first, *memory, coefficients, chunk, save)
-    return y, Memory(C, n.detach(), m.detach())
+    return cut(y, Memory(C, n.detach(), m.detach()), key, value)
 
 
 @torch.library.custom_op("matrix_memory::polynomial_read", mutates_args=())
