@@ -33,7 +33,8 @@ LAUNCH: dict[str, dict[int, Launch]] = {
 """Kernel -> width, the larger head dimension (fp32 counts twice, as it takes twice the room of bf16) -> launch.
 
 Width 32 has 2 warps: with 4 or 8, which Triton 3.6 turns into warp-group products on an H100, tiles of 64 x 32 in bf16
-came out of the backward kernels as NaN, or with an illegal access.
+came out of the backward kernels as NaN, or with an illegal access. So did `states_backward` at 32 x 16 in fp32, where two
+warps were exact 50 times out of 50; hence no more than two where keys and values differ in width, as in no core they do.
 """
 
 CHUNK = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}
@@ -43,7 +44,8 @@ CHUNK = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}
 def launch(kernel: str, key_dim: int, value_dim: int, bytes_per_number: int = 2) -> dict[str, int]:
     """Launch options of a kernel for memories (key_dim, value_dim) whose products are in such numbers."""
     chosen = LAUNCH[kernel][min(_width(key_dim, value_dim, bytes_per_number), max(DIMS))]
-    return {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    most = chosen.num_warps if key_dim == value_dim else 2
+    return {"num_warps": min(chosen.num_warps, most), "num_stages": chosen.num_stages}
 
 
 def chunk_length(chunk: int, key_dim: int, value_dim: int, bytes_per_number: int) -> int:
