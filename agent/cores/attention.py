@@ -67,6 +67,10 @@ class AttentionWindow(RecurrentCore):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.norm = RMSNorm(config.width)
 
+    def scale_output_(self, factor: float) -> None:
+        """Let h begin this many times as long."""
+        self.norm.scale.data.mul_(factor)
+
     def initial(self, batch: int) -> State:
         """An empty memory: `keys` and `values` (B, window, blocks, heads * head_size), `taken` (B, window)."""
         device = self.norm.scale.device

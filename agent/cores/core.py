@@ -93,6 +93,12 @@ class RecurrentCore(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has read_size 0")
 
+    def scale_output_(self, factor: float) -> None:
+        """Let h begin this many times as long, where all that is learned later may change it; called before training.
+
+        For cores that end in a norm, whose h is as long as sqrt(F) whatever they hold. Others have no use for it.
+        """
+
     def diagnostics(self, state: State) -> dict[str, Tensor]:
         """Numbers (0-d tensors) for the log on the memory (B, ...) after the last step of a batch.
 

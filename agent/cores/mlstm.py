@@ -123,7 +123,9 @@ class MLSTMBlock(nn.Module):
         length = steps.shape[1] - before
         for place, weight in enumerate(self.conv.unbind(1)):
             seen, own = (slice(start, start + length) for start in (place, before))
-            total = total + torch.where(episode[:, seen] == episode[:, own], steps[:, seen], 0.0) * weight.to(total.dtype)
+            total = total + torch.where(episode[:, seen] == episode[:, own], steps[:, seen], 0.0) * weight.to(
+                total.dtype
+            )
         return total
 
     def _cell_inputs(self, c: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -169,6 +171,10 @@ class MLSTM(RecurrentCore):
     def make_read(self, config: MLSTMConfig) -> Read:
         """How the memories of all blocks are read."""
         return PlainRead()
+
+    def scale_output_(self, factor: float) -> None:
+        """Let h begin this many times as long."""
+        self.norm.scale.data.mul_(factor)
 
     def initial(self, batch: int) -> State:
         """Empty memories, and histories of zeros."""

@@ -12,6 +12,7 @@ again with what z_t tells: r_t = core.read(query(z_t)) on the memory after step 
 Source: Hafner et al., "Mastering diverse control tasks through world models" (Nature, 2025).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -65,6 +66,9 @@ class RSSM(nn.Module):
         self.action_input = Layer(action_size, config.hidden)
         self.input_size = 2 * config.hidden
         self.core = core(self.input_size)
+        # Heads and actor read [h, z], and z has one 1 in each group. Beside an h many times as long they would hardly
+        # see it, and with an observation posterior nothing else tells them what was observed just now.
+        self.core.scale_output_(math.sqrt(self.groups / self.core.feature_size))
         self.memory_keys = tuple(sorted(self.core.initial(1)))
         self.feature_size = self.core.feature_size + self.code_size
         self.query: nn.Sequential | None = None

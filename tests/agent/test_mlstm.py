@@ -300,8 +300,9 @@ def test_second_read_asks_the_last_memory_without_changing_it(make: MakeCore) ->
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
-def test_diagnostics_are_norm_effective_rank_and_gates(make: MakeCore) -> None:
-    core = make("mlstm")
+@pytest.mark.parametrize("input_gate", ["exponential", "sigmoid"])
+def test_diagnostics_are_norm_effective_rank_and_gates(make: MakeCore, input_gate: str) -> None:
+    core = make("mlstm", f"input_gate={input_gate}")
     x, first = inputs()
     _, state = core.sequence(x, start(core), first)
     numbers = core.diagnostics(state)
@@ -320,7 +321,8 @@ def test_diagnostics_are_norm_effective_rank_and_gates(make: MakeCore) -> None:
     for index, block in enumerate(core.blocks):
         input_bias, forget_bias = block.gates_bias.detach().view(2, -1)
         found = core.diagnostics(state)
-        torch.testing.assert_close(found[f"log_input_gate_{index}"], input_bias.mean())
+        log_input = input_bias if input_gate == "exponential" else torch.nn.functional.logsigmoid(input_bias)
+        torch.testing.assert_close(found[f"log_input_gate_{index}"], log_input.mean())
         torch.testing.assert_close(found[f"forget_gate_{index}"], forget_bias.sigmoid().mean())
     assert all(number.dim() == 0 and not number.requires_grad for number in numbers.values())
 

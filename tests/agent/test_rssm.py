@@ -169,3 +169,15 @@ def test_imagine_step_samples_the_prior_of_the_next_memory(rssm: RSSM) -> None:
     probs = 0.99 * logits.softmax(-1) + 0.01 / rssm.classes
     chosen = (probs.cumsum(-1) <= uniform.unsqueeze(-1)).sum(-1)
     assert torch.equal(latent.z.argmax(-1), chosen)
+
+
+@pytest.mark.parametrize("core", ["mlstm", "ortho_mlstm", "mesa", "attention"])
+def test_memory_and_code_begin_equally_long(core: str, debug_config: Callable[..., Config]) -> None:
+    """Of a core that ends in a norm; heads and actor would hardly see z beside an h of the length of sqrt(F)."""
+    config = debug_config(core=core)
+    rssm = RSSM(lambda size: make_core(core, size, config.core), ACTION, TOKEN, config.rssm)
+    state, z = rssm.initial(B)
+    for _ in range(3):
+        latent = rssm.imagine_step(state, z, torch.randn(B, ACTION), torch.rand(B, rssm.groups), torch.float32)
+        state, z = latent.state, latent.z
+    torch.testing.assert_close(latent.h.norm(dim=-1), z.flatten(1).norm(dim=-1), rtol=0.05, atol=0.0)

@@ -29,7 +29,7 @@ def polynomial_read_sequence(
     through its own, nor does n, and what is read from the memory by direction alone does not miss it.
 
     Args:
-        q: queries (B, H, T, K), fp32 or bf16, in the dtype of k and v; K and V are at most the largest of `tuning.DIMS`.
+        q: queries (B, H, T, K), fp32 or bf16, in the dtype of k and v; K and V are at most `max(tuning.DIMS)`.
         k: keys (B, H, T, K).
         v: values (B, H, T, V).
         log_input: logarithm of the input gate (B, H, T), fp32.
