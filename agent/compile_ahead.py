@@ -24,12 +24,22 @@ from agent.schema import Config
 from envs.workers import die_with_parent
 
 
-def check(config: Config, ranks: Ranks) -> None:
-    """UserError where a run may not change over at an update that nobody knows beforehand."""
+def is_wanted(config: Config, device: torch.device, ranks: Ranks) -> bool:
+    """Whether a run compiles ahead: where it is asked to, and by itself on a GPU, unless something forbids it.
+
+    Raises:
+        UserError: it is asked to, and may not change over at an update that nobody knows beforehand.
+    """
+    if config.compile != "ahead" and not (config.compile == "auto" and device.type == "cuda"):
+        return False
+    against = None
     if config.deterministic:
-        raise UserError("compile: ahead changes over at a time of its own, which deterministic forbids; use full")
-    if ranks.size > 1:
-        raise UserError("compile: ahead is for one process, as all ranks must change over together; use full")
+        against = "changes over at a time of its own, which deterministic forbids"
+    elif ranks.size > 1:
+        against = "is for one process, as all ranks must change over together"
+    if against and config.compile == "ahead":
+        raise UserError(f"compile: ahead {against}; use full")
+    return against is None
 
 
 class CompilingAhead:

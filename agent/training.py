@@ -1,6 +1,7 @@
 """A training run: collect, learn, log, save; stopped at any time and gone on with by the same command."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import math
@@ -76,10 +77,9 @@ def train(config: Config, logdir: str | Path | None = None, news: Sequence[str] 
     if config.log.tensorboard:
         tensorboard_writer()  # if it is missing, nothing is written
     with meeting(config, device) as ranks:
-        if config.compile == "ahead":
-            compile_ahead.check(config, ranks)
+        compiles_ahead = compile_ahead.is_wanted(config, device, ranks)
         logdir = ranks.gather(logdir)[0]
-        run = Run(config, logdir, device, started, ranks)
+        run = Run(config, logdir, device, started, ranks, compiles_ahead)
         run.news = news
         notify = tell if ranks.leads else lambda line: None
         # No name here for what was found: its tensors are mapped from files, which must not outlive their use.
@@ -95,7 +95,9 @@ def tell(line: str) -> None:
 class Run:
     """The parts of a run and the loop over them."""
 
-    def __init__(self, config: Config, logdir: Path, device: torch.device, started: float, ranks: Ranks):
+    def __init__(
+        self, config: Config, logdir: Path, device: torch.device, started: float, ranks: Ranks, compiles_ahead: bool
+    ):  # fmt: skip
         self.config, self.logdir, self.device, self.started = config, logdir, device, started
         self.ranks, self.amount = ranks, ranks.share(config.env.amount, "env.amount")  # environments of this rank
         self.first = ranks.rank * self.amount  # their first one's place among all
@@ -106,7 +108,8 @@ class Run:
         self.stop_signal: int | None = None
         self.news: Sequence[str] = ()  # lines to tell at the start
         self.streams: Streams | None = None
-        self.ahead: compile_ahead.CompilingAhead | None = None
+        self.compiles_ahead = compiles_ahead
+        self.ahead: compile_ahead.CompilingAhead | None = None  # while it does
         self.returns: list[float] = []  # of the episodes since the last checkpoint
         self.best = -math.inf  # highest mean of those at a checkpoint
         self.saved_frames = -1  # at the newest checkpoint
@@ -152,9 +155,11 @@ class Run:
         """Make agent and replay, or restore them, open the log and tell what will run; the row to begin with."""
         assert self.streams is not None
         spaces = self.streams.observation_space, self.streams.action_space
-        if self.config.compile == "ahead":
-            self.ahead = compile_ahead.CompilingAhead(*spaces, self.config, self.device)
-        self.agent = Agent(*spaces, self.config, self.device, self.ranks)
+        config = self.config
+        if self.compiles_ahead:
+            config = dataclasses.replace(config, compile="ahead")  # which `auto` may stand for
+            self.ahead = compile_ahead.CompilingAhead(*spaces, config, self.device)
+        self.agent = Agent(*spaces, config, self.device, self.ranks)
         self.replay = self._make_replay()
         self.agent.attach(self.replay)
         self.carry = self.agent.initial(self.amount)

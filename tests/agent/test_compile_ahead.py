@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from agent import compile_ahead, training
-from agent.compile_ahead import CompilingAhead, check
+from agent.compile_ahead import CompilingAhead, is_wanted
 from agent.compiler import how_updates_begin
 from agent.distributed import Ranks
 from agent.errors import UserError
@@ -45,9 +45,16 @@ def alive(process: int) -> bool:
 
 @pytest.mark.parametrize(("ranks", "settings"), [(Ranks(0, 2), []), (Ranks(), ["deterministic=true"])])
 def test_a_run_that_may_not_change_over_is_refused(debug_config: Make, ranks: Ranks, settings: list[str]) -> None:
-    check(debug_config("compile=ahead"), Ranks())
+    assert is_wanted(debug_config("compile=ahead"), torch.device("cpu"), Ranks())
     with pytest.raises(UserError, match="compile: ahead .* use full"):
-        check(debug_config("compile=ahead", *settings), ranks)
+        is_wanted(debug_config("compile=ahead", *settings), torch.device("cpu"), ranks)
+    assert not is_wanted(debug_config("compile=auto", *settings), torch.device("cuda"), ranks)
+
+
+def test_a_run_on_a_gpu_compiles_ahead_by_itself(debug_config: Make) -> None:
+    assert is_wanted(debug_config("compile=auto"), torch.device("cuda"), Ranks())
+    assert not is_wanted(debug_config("compile=auto"), torch.device("cpu"), Ranks())
+    assert not is_wanted(debug_config("compile=full"), torch.device("cuda"), Ranks())
 
 
 def test_updates_begin_with_what_needs_no_compiler() -> None:

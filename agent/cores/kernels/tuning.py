@@ -33,8 +33,8 @@ LAUNCH: dict[str, dict[int, Launch]] = {
 """Kernel -> width, the larger head dimension (fp32 counts twice, as it takes twice the room of bf16) -> launch.
 
 Width 32 has 2 warps: with 4 or 8, which Triton 3.6 turns into warp-group products on an H100, tiles of 64 x 32 in bf16
-came out of the backward kernels as NaN, or with an illegal access. So did `states_backward` at 32 x 16 in fp32, while two
-warps were exact 50 times of 50: hence no more than two where keys and values differ in width, as they do in no core.
+came out of the backward kernels as NaN, or with an illegal access. So did `states_backward` at 32 x 16 in fp32; two
+warps were exact 50 times of 50, hence no more than two where keys and values differ in width, as they do in no core.
 """
 
 CHUNK = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}
