@@ -55,10 +55,12 @@ def _curves(axes: Any, row: Row, color: str) -> None:
 def _ends(axes: Any, rows: Sequence[Row], colors: Mapping[str, str]) -> None:
     values = {row["core"]: at(row, 1) for row in rows}
     columns(axes, values, colors)
+    limits = axes.get_ylim()  # of the points: an interval of two seeds may be many times as long
     for place, (core, points) in enumerate(values.items()):
         half = interval(points)
         if half is not None:
             axes.errorbar(place, statistics.mean(points), half, color=colors[core], capsize=5, lw=1.2, zorder=1)
+    axes.set_ylim(limits)
 
 
 def _gaps(axes: Any, row: Row, color: str) -> None:
