@@ -95,38 +95,41 @@ class MLSTMBlock(nn.Module):
             x (B, T, W), the memory that the cell gives, and history (B, conv - 1, I) or with `keep` (B, K, ...).
         """
         u, z = self.up(self.norm(x)).chunk(2, -1)  # (B, T, I)
-        # What came before each step is seen by the convolution only where no reset lies between.
         before = self.config.conv - 1
         steps = torch.cat([history.to(x.dtype), u], 1)  # (B, conv - 1 + T, I)
-        episode = F.pad(first.cumsum(1), (before, 0)).unsqueeze(-1)  # (B, conv - 1 + T, 1)
+        episode = F.pad(first.cumsum(1), (before, 0)).unsqueeze(-1)  # (B, conv - 1 + T, 1): resets so far
         c = F.silu(self._convolved(steps, episode).to(x.dtype))
         q, k, v, log_input, log_forget = self._cell_inputs(c, u)
         y, memory = cell(q, k, v, log_input, log_forget, first, memory)
         y = self.head_norm(y.transpose(1, 2)).flatten(2)  # (B, T, I)
         x = x + self.down((y + self.skip.to(x.dtype) * c) * F.silu(z))
-        last = [steps.shape[1] - 1] if keep is None else [before + step for step in keep]
-        windows = []
-        for back in reversed(range(before)):
-            places = [place - back for place in last]
-            same = take(episode, 1, places) == take(episode, 1, last)
-            windows.append(torch.where(same, take(steps, 1, places), 0.0))
-        seen = torch.stack(windows, 2).to(history.dtype)  # (B, K, conv - 1, I)
+        kept = [u.shape[1] - 1] if keep is None else keep
+        seen = self._history(steps, episode, [before + step for step in kept]).to(history.dtype)
         return x, memory, seen.squeeze(1) if keep is None else seen
 
     def _convolved(self, steps: Tensor, episode: Tensor) -> Tensor:
         """Steps (B, conv - 1 + T, I) and their episodes (B, conv - 1 + T, 1) -> convolution (B, T, I) in fp32.
 
-        A sum of shifted views, as the gradient of one view of all windows would be a scattered sum.
+        What lies before a reset is not seen. It is a sum of shifted views, as the gradient of one view of all windows
+        would be a scattered sum.
         """
+        wide = torch.promote_types(steps.dtype, torch.float32)
         before = self.config.conv - 1
-        total = self.conv_bias.to(torch.promote_types(steps.dtype, torch.float32))
-        length = steps.shape[1] - before
-        for place, weight in enumerate(self.conv.unbind(1)):
-            seen, own = (slice(start, start + length) for start in (place, before))
-            total = total + torch.where(episode[:, seen] == episode[:, own], steps[:, seen], 0.0) * weight.to(
-                total.dtype
-            )
+        total = self.conv_bias.to(wide)
+        for place, weight in enumerate(self.conv.to(wide).unbind(1)):
+            then = slice(place, steps.shape[1] - before + place)
+            same = episode[:, then] == episode[:, before:]
+            total = total + torch.where(same, steps[:, then], 0.0) * weight
         return total
+
+    def _history(self, steps: Tensor, episode: Tensor, places: Sequence[int]) -> Tensor:
+        """What a convolution after each of K places will see of the past, (B, K, conv - 1, I); arguments as above."""
+        parts = []
+        for back in reversed(range(self.config.conv - 1)):
+            then = [place - back for place in places]
+            same = take(episode, 1, then) == take(episode, 1, places)
+            parts.append(torch.where(same, take(steps, 1, then), 0.0))
+        return torch.stack(parts, 2)
 
     def _cell_inputs(self, c: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The branches c, u (B, T, I) -> q, k, v (B, H, T, D) and the logarithms of both gates (B, H, T)."""
