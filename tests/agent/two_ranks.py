@@ -50,6 +50,15 @@ def make_agent(core: str, ranks: Ranks) -> Agent:
     with torch.no_grad():
         for parameter in agent.learner.parameters:
             parameter += 0.3 * torch.randn(parameter.shape, generator=random) / max(parameter.shape) ** 0.5
+        # Bins of up to 5e8 get next to nothing: a mean of all is a difference of huge numbers, and its rounding, which
+        # is another on every processor, would be all that one sees of returns. Rewards are near 20, so that returns
+        # differ by more than 1 and are divided.
+        for head, centre in (
+            (agent.behavior.critic, 0),
+            (agent.learner.slow_critic, 0),
+            (agent.world_model.reward, 0.15),
+        ):
+            head.output.bias -= 40 * (torch.linspace(-1, 1, len(head.output.bias)) - centre).square()
     agent.learner.refresh()
     return agent
 
