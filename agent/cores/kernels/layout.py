@@ -24,13 +24,10 @@ def filled_up(q: Tensor, k: Tensor, v: Tensor, memory: Memory) -> tuple[Tensor, 
     Zeros are written as zeros and change no norm, so that `cut` finds what there would be without them.
     """
     key, value = (min(dim for dim in DIMS if dim >= x.shape[-1]) - x.shape[-1] for x in (k, v))
-    if key:
-        q, k = F.pad(q, (0, key)), F.pad(k, (0, key))
-    if value:
-        v = F.pad(v, (0, value))
-    if key or value:
-        memory = Memory(F.pad(memory.C, (0, value, 0, key)), F.pad(memory.n, (0, key)), memory.m)
-    return q, k, v, memory
+    if key == value == 0:  # filling up copies, even by nothing
+        return q, k, v, memory
+    memory = Memory(F.pad(memory.C, (0, value, 0, key)), F.pad(memory.n, (0, key)), memory.m)
+    return F.pad(q, (0, key)), F.pad(k, (0, key)), F.pad(v, (0, value)), memory
 
 
 def cut(y: Tensor, memory: Memory, key: int, value: int) -> tuple[Tensor, Memory]:

@@ -44,8 +44,8 @@ CHUNK = {16: 64, 32: 64, 64: 64, 128: 32, 256: 16}
 def launch(kernel: str, key_dim: int, value_dim: int, bytes_per_number: int = 2) -> dict[str, int]:
     """Launch options of a kernel for memories (key_dim, value_dim) whose products are in such numbers."""
     chosen = LAUNCH[kernel][min(_width(key_dim, value_dim, bytes_per_number), max(DIMS))]
-    most = chosen.num_warps if key_dim == value_dim else 2
-    return {"num_warps": min(chosen.num_warps, most), "num_stages": chosen.num_stages}
+    warps = chosen.num_warps if key_dim == value_dim else min(chosen.num_warps, 2)
+    return {"num_warps": warps, "num_stages": chosen.num_stages}
 
 
 def chunk_length(chunk: int, key_dim: int, value_dim: int, bytes_per_number: int) -> int:
