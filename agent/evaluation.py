@@ -1,6 +1,7 @@
 """A trained agent on its environment: returns of whole episodes, and a video of one."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -135,10 +136,10 @@ def play(agent: Agent, env: gymnasium.Env[Any, Any], seed: int = 0) -> Iterator[
             reward, over, first = float(gained), bool(terminated or truncated), False
 
 
-def record(agent: Agent, file: Path, seed: int = 0) -> float:
+def record(agent: Agent, file: Path, seed: int = 0, longest: int | None = None) -> float:
     """Play one episode with the most likely actions and write it as a video; gives its return.
 
-    Give `load` the argument `render=True` before.
+    Give `load` the argument `render=True` before. With `longest`, no more than this many steps are played.
 
     Raises:
         UserError: the environment does not render, or this kind of file cannot be written.
@@ -146,7 +147,7 @@ def record(agent: Agent, file: Path, seed: int = 0) -> float:
     check_video(file)
     env = make_env(agent.config, render=True)
     total, frames = 0.0, []
-    for _, reward, _ in play(agent, env, seed):
+    for _, reward, _ in itertools.islice(play(agent, env, seed), longest):
         total += reward
         with failing(f"environment {agent.config.env.name!r}", "when it was recorded", name=agent.config.env.name):
             frames.append(np.asarray(env.render()))

@@ -5,8 +5,8 @@ from typing import Any
 
 from agent.command_line import command, make_parser, names
 from agent.errors import UserError
+from agent.view import PREDICTED, VIEWS
 
-VIEWS = ("open_loop", "imagined", "memory", "policy")
 DEFAULT = "open_loop,imagined,memory"
 
 
@@ -58,12 +58,16 @@ def _checked(arguments: Any) -> list[str]:
     for view in views:
         if view not in VIEWS:
             raise UserError(f"--show {view}: give some of {', '.join(VIEWS)}, with commas between them")
+    if not arguments.seed.isdecimal() or int(arguments.seed) >= 2**32:
+        raise UserError(f"--seed {arguments.seed}: give a whole number from 0 to {2**32 - 1}")
+    if arguments.steps < 1:
+        raise UserError(f"--steps {arguments.steps}: give 1 or more")
+    if not PREDICTED.intersection(views):
+        return views
     if arguments.context < 1:
         raise UserError(f"--context {arguments.context}: give 1 or more")
     if arguments.length <= arguments.context:
         raise UserError(f"--length {arguments.length}: give more than the {arguments.context} steps of --context")
     if arguments.steps < arguments.length:
         raise UserError(f"--steps {arguments.steps}: give at least the {arguments.length} steps of --length")
-    if not arguments.seed.isdecimal() or int(arguments.seed) >= 2**32:
-        raise UserError(f"--seed {arguments.seed}: give a whole number from 0 to {2**32 - 1}")
     return views

@@ -10,6 +10,7 @@ from agent.agent import Agent
 from agent.errors import UserError, writing
 from agent.evaluation import record
 from agent.video import write_video
+from agent.view import PREDICTED
 from agent.view.episode import Episode, core_inputs, cut, play_episode, spread
 from agent.view.figure import as_png, draw, new_figure
 from agent.view.film import film
@@ -40,13 +41,13 @@ def write_views(agent: Agent, views: Sequence[str], out: Path, look: Look) -> It
         UserError: a package is missing, the folder cannot be written, or the episode is too short for `look.context`.
         EnvironmentFailure: the environment failed.
     """
-    episode = _played(agent, look) if set(views) - {"policy"} else None
+    episode = _played(agent, views, look) if set(views) - {"policy"} else None
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     for view in views:
         if episode is None or view == "policy":
             file = out / f"policy.{look.video}"
-            record(agent, file, look.seed)
+            record(agent, file, look.seed, look.steps)
             yield file
         elif view == "memory":
             yield _write(out / "memory.png", as_png(_memory(agent, episode)))
@@ -54,10 +55,10 @@ def write_views(agent: Agent, views: Sequence[str], out: Path, look: Look) -> It
             yield from _write_predictions(agent, episode, view, out, look)
 
 
-def _played(agent: Agent, look: Look) -> Episode:
+def _played(agent: Agent, views: Sequence[str], look: Look) -> Episode:
     new_figure()  # if matplotlib is missing, that is said before anything is played
     episode = play_episode(agent, look.seed, look.steps)
-    if len(episode.reward) <= look.context:
+    if set(views) & PREDICTED and len(episode.reward) <= look.context:
         raise UserError(f"--context {look.context}: the episode has {len(episode.reward)} steps; give fewer")
     return episode
 

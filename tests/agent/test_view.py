@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from test_resume import NEVER, OFTEN, assert_same, die_at, lines, scramble, small_config, state
 
 from agent.agent import Agent
@@ -272,3 +272,27 @@ def test_the_script_writes_pictures_of_a_run(
     assert [file.name for file in files] == [f"{view}.png" for view in views.split(",")]
     assert sorted(files) == sorted((tmp_path / "new" / "view").iterdir())
     assert all(np.asarray(Image.open(file).convert("L")).std() > 10 for file in files)
+
+
+@pytest.mark.parametrize("steps", [3, 500])
+def test_a_video_of_the_policy_has_as_many_steps_as_asked(
+    steps: int, tmp_path: Path, run_script: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Rendering(gymnasium.Wrapper[Any, Any, Any, Any]):
+        frames = 0
+
+        def render(self) -> Any:
+            Rendering.frames += 1
+            return np.random.default_rng(Rendering.frames).integers(256, size=(8, 8, 3), dtype=np.uint8)
+
+    def make(config: Any, render: bool = False) -> Any:
+        assert render
+        return Rendering(make_env(config))
+
+    train(small_config(40, NEVER), tmp_path)
+    monkeypatch.setattr("agent.evaluation.make_env", make)
+    assert run_script("--logdir", str(tmp_path), "--show", "policy", "--steps", str(steps)) == 0
+    episode = 33  # rows of one, from its first observation to its last
+    with Image.open(tmp_path / "view" / "policy.gif") as video:
+        shown = len(list(ImageSequence.Iterator(video)))
+    assert shown == Rendering.frames == min(steps, episode)
