@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from agent.evaluation import evaluate, load, record
     from agent.results import read_metric
     from agent.training import train
+    from agent.view.foresight import foresee
 
 _HOMES = {
     "Agent": "agent.agent",
     "evaluate": "agent.evaluation",
     "export": "agent.deployment",
+    "foresee": "agent.view.foresight",
     "load": "agent.evaluation",
     "make_core": "agent.cores",
     "make_env": "agent.environment",
@@ -35,7 +37,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Agent", "evaluate", "export", "load", "make_core", "make_env", "read_metric", "record", "resolve", "train"
+    "Agent", "evaluate", "export", "foresee", "load", "make_core", "make_env", "read_metric", "record", "resolve",
+    "train",
 ]  # fmt: skip
 
 

@@ -3,25 +3,35 @@
 A user should not wait a minute for the first update, and compiling takes that long. So a run begins uncompiled: on a
 GPU with the captured graph of single kernels, which is ready within seconds. Meanwhile a second process makes one
 update of an agent of the same shapes and so fills the compiler's cache. When it has ended the run goes on compiled, for
-which it then only has to load.
+which it then only has to load. Of several runs that start together, as seeds do, one compiles for all.
 """
 
 import dataclasses
+import fcntl
+import hashlib
 import multiprocessing
+import os
 import signal
+import tempfile
+import time
+from collections.abc import Callable
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any
 
 import torch
 from gymnasium import spaces
 
-from agent.compiler import use_lasting_cache
+from agent.compiler import CACHE_VARIABLE, use_lasting_cache
 from agent.distributed import Ranks
 from agent.errors import UserError
 from agent.random_state import make_deterministic
 from agent.rehearsal import rehearsing
 from agent.schema import Config
 from envs.workers import die_with_parent
+
+NOT_COMPILED = {"seed", "steps", "env", "replay", "log", "checkpoint"}
+"""Parts of a configuration in which runs may differ and still compile the same."""
 
 
 def is_wanted(config: Config, device: torch.device, ranks: Ranks) -> bool:
@@ -72,7 +82,46 @@ def _live(*arguments: Any) -> None:
     """The whole life of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a group, but the run decides
     die_with_parent()
-    compile_update(*arguments)
+    compile_once(what_is_compiled(*arguments), lambda: compile_update(*arguments))
+
+
+def what_is_compiled(
+    observations: spaces.Space[Any], action: spaces.Space[Any], config: Config, device: torch.device
+) -> str:
+    """A name that runs share if they compile the same code."""
+    names = [field.name for field in dataclasses.fields(config) if field.name not in NOT_COMPILED]
+    settings = {name: getattr(config, name) for name in names}
+    decisive = observations, action, settings, device, torch.get_num_threads(), torch.__version__
+    return hashlib.sha256(repr(decisive).encode()).hexdigest()
+
+
+def compile_once(name: str, fill: Callable[[], None]) -> None:
+    """Fill the compiler's cache, unless another process is filling it with the same: then wait for that one.
+
+    Side by side they would take as many times the work, each the time of all. The file that is locked says when the
+    cache was last filled; if that was before this call began, the compiler has to look for itself, as the cache may
+    have been emptied since.
+
+    Args:
+        name: of what is filled in, from `what_is_compiled`.
+        fill: does it. If it fails, or its process ends, the next one that waits begins.
+    """
+    begun = time.time()
+    folder = Path(os.environ.get(CACHE_VARIABLE, tempfile.gettempdir())) / "being_compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / name).open("a+")
+    except OSError:  # then each for itself
+        fill()
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if float(file.read() or 0) > begun:
+            return
+        fill()
+        file.truncate(0)
+        file.write(str(time.time()))
 
 
 def compile_update(

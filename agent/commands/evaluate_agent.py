@@ -15,6 +15,7 @@ def main() -> None:
         [
             "python scripts/evaluate_agent.py --logdir runs/walker --episodes 10",
             "python scripts/evaluate_agent.py --logdir runs/walker --video walker.gif",
+            "python scripts/evaluate_agent.py --logdir runs/walker --foresight",
         ],
         flags=("logdir", "device", "seed"),
     )
@@ -22,6 +23,11 @@ def main() -> None:
     parser.add_argument("--episodes", metavar="N", type=int, default=10, help="episodes, played side by side")
     parser.add_argument("--best", action="store_true", help="the checkpoint of the highest return, not the newest")
     parser.add_argument("--video", metavar="FILE", type=Path, help="write one more episode as .gif or .mp4")
+    parser.add_argument(
+        "--foresight", action="store_true",
+        help="tell, of as many episodes played one by one, what rewards the agent expects from their states 0, 1, ... "
+        "steps ahead, beside what came",
+    )  # fmt: skip
     arguments = parser.parse_args()
     if arguments.logdir is None:
         raise UserError("--logdir is missing: give the folder of a training run")
@@ -42,4 +48,6 @@ def main() -> None:
             "file": str(arguments.video),
             "return": agent.record(player, arguments.video, seed),
         }
+    if arguments.foresight:
+        results["foresight"] = agent.foresee(player, arguments.episodes, seed)
     print(json.dumps({"logdir": str(arguments.logdir), "episodes": arguments.episodes, **results}))

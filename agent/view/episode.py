@@ -24,8 +24,8 @@ class Episode(NamedTuple):
     z: Tensor  # (T, G, C)
 
 
-def play_episode(agent: Agent, seed: int, longest: int) -> Episode:
-    """The first `longest` steps of an episode with the most likely actions, all of it if it is shorter.
+def play_episode(agent: Agent, seed: int, longest: int | None) -> Episode:
+    """The first `longest` steps of an episode with the most likely actions, all of it if it is shorter or for None.
 
     Raises:
         EnvError: the environment cannot be made.

@@ -7,10 +7,12 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -19,7 +21,7 @@ import pytest
 import torch
 
 from agent import compile_ahead, training
-from agent.compile_ahead import CompilingAhead, is_wanted
+from agent.compile_ahead import CompilingAhead, compile_once, is_wanted, what_is_compiled
 from agent.compiler import how_updates_begin
 from agent.distributed import Ranks
 from agent.errors import UserError
@@ -163,6 +165,92 @@ if __name__ == "__main__":
     while alive(process):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+class Clock:
+    """Counts up whenever it is read, and can be waited for."""
+
+    def __init__(self) -> None:
+        self.now, self._read = 0, threading.Condition()
+
+    def __call__(self) -> float:
+        with self._read:
+            self.now += 1
+            self._read.notify_all()
+            return self.now
+
+    def wait(self, until: int) -> None:
+        with self._read:
+            assert self._read.wait_for(lambda: self.now >= until, timeout=60)
+
+
+@pytest.fixture
+def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """In place of the time; the compiler's cache is empty."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    clock = Clock()
+    monkeypatch.setattr(compile_ahead, "time", SimpleNamespace(time=clock))
+    return clock
+
+
+def together(clock: Clock, names: list[str], fill: Callable[[str], None]) -> None:
+    """Call `compile_once` for each name, side by side; nothing is filled before all have begun."""
+
+    def fill_late(name: str) -> None:
+        clock.wait(len(names))
+        fill(name)
+
+    threads = [threading.Thread(target=compile_once, args=(name, lambda name=name: fill_late(name))) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_runs_that_start_together_compile_once(clock: Clock) -> None:
+    filled: list[str] = []
+    together(clock, ["same", "same", "same"], filled.append)
+    assert filled == ["same"]
+    compile_once("same", lambda: filled.append("again"))  # begins later: the cache may be another one by now
+    assert filled == ["same", "again"]
+
+
+def test_what_differs_is_compiled_side_by_side(clock: Clock) -> None:
+    both = threading.Barrier(2, timeout=60)
+    together(clock, ["one", "other"], lambda name: both.wait() and None)
+    assert not both.broken
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_where_compiling_fails_the_next_one_compiles(clock: Clock) -> None:
+    tries: list[str] = []
+
+    def fail_once(name: str) -> None:
+        tries.append(name)
+        if len(tries) == 1:
+            raise RuntimeError("no memory")
+
+    together(clock, ["same", "same", "same"], fail_once)
+    assert len(tries) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    filled: list[int] = []
+    compile_once("name", lambda: filled.append(1))
+    assert filled
+
+
+def test_seeds_compile_the_same_and_other_settings_do_not(debug_config: Make) -> None:
+    def name(*settings: str, action: gymnasium.Space[Any] = ACTION, **asked: Any) -> str:
+        return what_is_compiled(OBSERVATIONS, action, debug_config(*settings, **asked), CPU)
+
+    same = ("seed=7", "steps=99", "log.every=5", "env.amount=3", "replay.prefill=77", "checkpoint.keep=9")
+    assert len({name(), *(name(setting) for setting in same)}) == 1
+    others = ("optimizer.lr=1e-3", "behavior.entropy=1e-3", "heads.units=24", "precision=bf16", "train.batch_size=5")
+    names = [name(), name(core="mlstm"), name(action=gymnasium.spaces.Discrete(4)), *(name(other) for other in others)]
+    assert len(set(names)) == len(names)
 
 
 FILL = """

@@ -1,0 +1,53 @@
+"""Whether imagination keeps its promises: the reward that an agent imagines some steps ahead, beside what comes.
+
+The actor learns from imagination alone, so it learns to go where the model is wrong in its favour. Means over replay
+need not show that, as much of replay is not where the actor goes by now: so this looks at the agent's own episodes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agent.agent import Agent
+from agent.errors import UserError
+from agent.view.episode import cut, play_episode, spread
+from agent.view.open_loop import predict
+
+STARTS = 64
+"""States of an episode from which is imagined, at most."""
+
+
+def foresee(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
+    """Play episodes and look ahead from their states, in all of it with the policy's most likely actions.
+
+    Args:
+        agent: as `load` gives it.
+        episodes: how many to play; those shorter than the imagination horizon say nothing.
+        seed: of the first episode; the others have the seeds after it.
+
+    Returns:
+        `starts`, from how many states was looked ahead, and mean rewards on arriving at them and 1, 2, ..., H steps
+        later, H being the imagination horizon: `came`; `predicted` by the model from the actions that were taken, of
+        which a difference is the model's error; `imagined`, where the policy acts on what the model predicts. More
+        there than in `predicted` is what the policy makes of the model, and not of the environment.
+
+    Raises:
+        UserError: no episode is long enough.
+        EnvironmentFailure: the environment failed.
+    """
+    length = agent.config.behavior.imagination_horizon + 1
+    found: dict[str, list[Tensor]] = {"came": [], "predicted": [], "imagined": []}
+    for number in range(seed, seed + episodes):
+        episode = play_episode(agent, number, longest=None)
+        if len(episode.reward) < length:
+            continue
+        given = cut(agent, episode, spread(len(episode.reward), length, STARTS), length)
+        found["came"].append(given.reward.cpu())
+        for name, act in (("predicted", False), ("imagined", True)):
+            generator = torch.Generator().manual_seed(number)
+            found[name].append(predict(agent, given, 1, generator, act=act).model_reward)
+    if not found["came"]:
+        raise UserError(f"no episode has the {length} steps of an imagined one; there is nothing to compare")
+    rewards = {name: torch.cat(parts) for name, parts in found.items()}  # (starts, 1 + H)
+    return {"starts": len(rewards["came"])} | {name: values.mean(0).tolist() for name, values in rewards.items()}
