@@ -111,11 +111,11 @@ def compile_once(name: str, fill: Callable[[], None]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / name).open("a+")
-    except OSError:  # then each for itself
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+    except OSError:  # not writable, or without locks: then each for itself
         fill()
         return
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         if float(file.read() or 0) > begun:
             return

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from agent.agent import Agent
 from agent.errors import UserError
@@ -38,7 +39,7 @@ def foresee(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
     """
     length = agent.config.behavior.imagination_horizon + 1
     found: dict[str, list[Tensor]] = {"came": [], "predicted": [], "imagined": []}
-    for number in range(seed, seed + episodes):
+    for number in tqdm(range(seed, seed + episodes), desc="foresight", unit="episode", disable=None):  # for a terminal
         episode = play_episode(agent, number, longest=None)
         if len(episode.reward) < length:
             continue
