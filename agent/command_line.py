@@ -91,6 +91,13 @@ def names(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
 
+def parse_seed(text: str) -> int:
+    """The value of a --seed; UserError if it is none."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise UserError(f"--seed {text}: give a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def tell(line: str) -> None:
     """Print a line on stderr."""
     print(line, file=sys.stderr)

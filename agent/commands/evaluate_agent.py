@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from agent.command_line import command, make_parser
+from agent.command_line import command, make_parser, parse_seed
 from agent.errors import UserError
 
 
@@ -33,15 +33,13 @@ def main() -> None:
         raise UserError("--logdir is missing: give the folder of a training run")
     if arguments.episodes < 1:
         raise UserError(f"--episodes {arguments.episodes}: give 1 or more")
-    if not arguments.seed.isdecimal() or int(arguments.seed) >= 2**32:
-        raise UserError(f"--seed {arguments.seed}: give a whole number from 0 to {2**32 - 1}")
+    seed = parse_seed(arguments.seed)
     import agent
     from agent.video import check_video
 
     if arguments.video:
         check_video(arguments.video)
     player = agent.load(arguments.logdir, arguments.device, render=arguments.video is not None, best=arguments.best)
-    seed = int(arguments.seed)
     results = agent.evaluate(player, arguments.episodes, seed)
     if arguments.video:
         results["video"] = {

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from agent.command_line import command, make_parser, names
+from agent.command_line import command, make_parser, names, parse_seed
 from agent.errors import UserError
 from agent.view import PREDICTED, VIEWS
 
@@ -34,14 +34,14 @@ def main() -> None:
     parser.add_argument("--context", metavar="N", type=int, default=5, help="of these, the observed ones (5)")
     parser.add_argument("--format", metavar="KIND", default="gif", help="of videos: gif, or mp4, which needs imageio")
     arguments = parser.parse_args()
-    views = _checked(arguments)
+    views, seed = _checked(arguments), parse_seed(arguments.seed)
     import agent
     from agent.video import check_kind
     from agent.view.files import Look, write_views
 
     check_kind(arguments.format, f"--format {arguments.format}")
     player = agent.load(arguments.logdir, arguments.device, render="policy" in views, best=arguments.best)
-    look = Look(int(arguments.seed), arguments.steps, arguments.length, arguments.context, arguments.format)
+    look = Look(seed, arguments.steps, arguments.length, arguments.context, arguments.format)
     for file in write_views(player, views, arguments.out or arguments.logdir / "view", look):
         print(file, flush=True)
 
@@ -58,8 +58,6 @@ def _checked(arguments: Any) -> list[str]:
     for view in views:
         if view not in VIEWS:
             raise UserError(f"--show {view}: give some of {', '.join(VIEWS)}, with commas between them")
-    if not arguments.seed.isdecimal() or int(arguments.seed) >= 2**32:
-        raise UserError(f"--seed {arguments.seed}: give a whole number from 0 to {2**32 - 1}")
     if arguments.steps < 1:
         raise UserError(f"--steps {arguments.steps}: give 1 or more")
     if not PREDICTED.intersection(views):

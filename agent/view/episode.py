@@ -1,6 +1,7 @@
 """One episode of a trained agent, and sequences cut out of it."""
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,14 +34,12 @@ def play_episode(agent: Agent, seed: int, longest: int | None) -> Episode:
     """
     observations, rewards, codes, actions = [], [], [], [torch.zeros(1, agent.action.width, device=agent.device)]
     with contextlib.closing(make_env(agent.config)) as env:
-        for observation, reward, carry in play(agent, env, seed):
+        for observation, reward, carry in itertools.islice(play(agent, env, seed), longest):
             # The environment may write its next observation, and a CUDA graph its next result, into the same memory.
             observations.append({key: observation[key].to(agent.device, copy=True) for key in agent.observations})
             rewards.append(reward)
             codes.append(carry.z.clone())
             actions.append(carry.action.clone())
-            if len(rewards) == longest:
-                break
     first = torch.zeros(len(rewards), dtype=torch.bool, device=agent.device)
     first[0] = True
     return Episode(
