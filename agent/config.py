@@ -3,10 +3,12 @@
 import dataclasses
 import io
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from difflib import SequenceMatcher
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -175,14 +177,19 @@ def parse_settings(settings: Sequence[str], flag: str = "--set") -> Values:
 def read_yaml(path: Path) -> Values:
     """The settings of a YAML file, by dotted key."""
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"))
         if not isinstance(content, Mapping | None):
             raise UserError(f"{path}: this is not a configuration; it should consist of lines `key: value`")
-        return dict(_flatten(content or {}))
+        return deepcopy(dict(_flatten(content or {})))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}{_place(error)}: this is not valid YAML ({_problem(error)})") from None
+
+
+@cache  # a suite resolves hundreds of configurations, from the same few files
+def _parsed(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def _place(error: Exception) -> str:
@@ -222,16 +229,23 @@ def config_file(kind: str, name: str) -> Path:
 
 def _folders() -> list[Path]:
     """`configs/`, and the folder of that name in every installed package that adds environments or cores."""
-    specs = [find_spec(entry.module.partition(".")[0]) for group in EXTENSIONS for entry in entry_points(group=group)]
+    specs = [find_spec(entry.module.partition(".")[0]) for entry in _extensions(tuple(sys.path))]
     places = [place for spec in specs if spec for place in spec.submodule_search_locations or ()]
     return list(dict.fromkeys([CONFIGS, *(Path(place) / "configs" for place in places)]))
+
+
+@cache  # as above: to look through what is installed takes longer than all the rest
+def _extensions(path: tuple[str, ...]) -> list[EntryPoint]:
+    """The entry points of installed packages that add environments or cores; `path` is where modules are found."""
+    return [entry for group in EXTENSIONS for entry in entry_points(group=group)]
 
 
 def _env_files(name: Any) -> list[Path]:
     """The suite's file and, where `name` is a preset, the preset's."""
     known = config_names("env")
     presets = [preset for preset in known if "_" in preset]
-    added = {entry.name for entry in entry_points(group=EXTENSIONS[0])}  # a suite that needs no settings has no file
+    # A suite that needs no settings has no file.
+    added = {entry.name for entry in _extensions(tuple(sys.path)) if entry.group == EXTENSIONS[0]}
     suites = sorted({suite for suite in known if "_" not in suite} | added)
     if name is None:
         raise UserError(f"env.name is missing; give one with --env, for example --env {presets[0]}")

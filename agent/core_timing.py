@@ -14,6 +14,7 @@ from torch import Tensor
 from agent.config import resolve
 from agent.cores import RecurrentCore, State, make_core, registered_cores
 from agent.cores.mlstm import MLSTM
+from agent.errors import UserError
 from agent.networks import Frozen
 from agent.schema import Config
 
@@ -26,10 +27,11 @@ FORMS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """For a core that can compute its function in several ways: the name of each, and the settings that choose it."""
 
-PASSES = ("step", "forward", "training", "loop", "loop_training", "read", "read_training")
+READS = ("read", "read_training", "read_loop", "read_loop_training")
+PASSES = ("step", "forward", "training", "loop", "loop_training", *READS)
 """One step as imagination takes it. A sequence without gradients, and with those of inputs and weights; the same two as
-a loop of steps under ordinary autograd. What one block of a matrix core does with its memory alone, from queries, keys,
-values and gates to what is read, without gradients and with them."""
+a loop of steps under ordinary autograd. And these four of what one block of a matrix core does with its memory alone,
+from queries, keys, values and gates to what is read."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 """Largest error of an output, state or gradient, relative to its norm."""
@@ -67,12 +69,17 @@ class Case(NamedTuple):
 
 
 def list_cases(
-    names: Sequence[str] | None, sizes: Sequence[str | None], device: str | None, settings: Sequence[str]
+    names: Sequence[str] | None,
+    sizes: Sequence[str | None],
+    device: str | None,
+    settings: Sequence[str],
+    forms: Sequence[str] | None = None,
 ) -> list[Case]:
     """Every form of every core at every size.
 
     Args:
         names: cores to take; None is all that are registered.
+        forms: the forms to take; of a core that has none of them, and for None, all.
         sizes: names of sizes; None leaves this choice to the configuration.
         device: "auto", "cpu" or "cuda".
         settings: "key=value", laid over every core's file.
@@ -80,12 +87,17 @@ def list_cases(
     Raises:
         UserError: a name or a setting is unknown or not allowed.
     """
+    known = sorted({form for core in FORMS.values() for form in core})
+    if unknown := set(forms or ()) - set(known):
+        raise UserError(f"--forms {min(unknown)}: choose from {', '.join(known)}")
     cases = []
     for size in sizes:
         for name in names or sorted(registered_cores()):
-            for form, chosen in FORMS.get(name, {"": ()}).items():
+            own = FORMS.get(name, {"": ()})
+            wanted = [form for form in own if form in (forms or ())] or own
+            for form in wanted:
                 # Nothing of an environment is used, but a configuration is complete only with one.
-                config = resolve("dmc_walker", name, size, device=device, settings=[*chosen, *settings])
+                config = resolve("dmc_walker", name, size, device=device, settings=[*own[form], *settings])
                 cases.append(Case(name, form, config))
     return cases
 
@@ -162,19 +174,19 @@ def workload(core: RecurrentCore, inputs: Inputs, what: str) -> Callable[[], Any
         frozen = Frozen(core, x.dtype).module
         frozen_x, frozen_first = x[:, 0].contiguous(), first[:, 0].contiguous()
         return torch.no_grad()(lambda: frozen.step(frozen_x, state, frozen_first))
-    if what.startswith("read"):
-        function, leaves = _read_alone(core, inputs)
+    if what in READS:
+        function, leaves = _read_alone(core, inputs, by_steps="loop" in what)
     else:
         leaf = x.detach().requires_grad_()
         run = partial(step_by_step, core) if what.startswith("loop") else core.sequence
         function, leaves = lambda: run(leaf, state, first)[0], [leaf, *core.parameters()]
-    if what in ("forward", "loop", "read"):
+    if what != "training" and not what.endswith("_training"):
         return torch.no_grad()(function)
     weight = torch.randn_like(function())
     return lambda: torch.autograd.grad((function() * weight).sum(), leaves, allow_unused=True)
 
 
-def _read_alone(core: RecurrentCore, inputs: Inputs) -> tuple[Callable[[], Tensor], list[Tensor]]:
+def _read_alone(core: RecurrentCore, inputs: Inputs, by_steps: bool) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """What a block does between its projections, giving y (B, H, T, D), and the tensors it depends on."""
     assert isinstance(core, MLSTM)
     (batch, length, _), heads, size = inputs.x.shape, core.config.heads, core.config.head_dim
@@ -184,11 +196,20 @@ def _read_alone(core: RecurrentCore, inputs: Inputs) -> tuple[Callable[[], Tenso
     leaves = [tensor.detach().requires_grad_() for tensor in leaves]
     memory = core.memory_of_block(0, inputs.state)
 
-    def function() -> Tensor:
+    def at_once() -> Tensor:
         q, k, v, log_input, log_forget = leaves
         return core.reader.sequence(q, k, core.reader.written(k, v), log_input, log_forget, inputs.first, memory)[0]
 
-    return function, leaves
+    def loop() -> Tensor:
+        q, k, v, log_input, log_forget = leaves
+        steps = zip(*(part.unbind(2) for part in (q, k, core.reader.written(k, v), log_input, log_forget)), strict=True)
+        outputs, now = [], memory
+        for (q, k, v, log_input, log_forget), first in zip(steps, inputs.first.unbind(1), strict=True):
+            y, now = core.reader.step(q, k, v, log_input, log_forget, first, now)
+            outputs.append(y)
+        return torch.stack(outputs, 2)
+
+    return loop if by_steps else at_once, leaves
 
 
 def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
@@ -252,7 +273,7 @@ def measure(
 def passes_at(case: Case, length: int, lengths: Sequence[int], passes: Sequence[str]) -> list[str]:
     """Those that are timed at one of the lengths: a step once, and a read only where there is a matrix."""
     has_matrix = issubclass(registered_cores()[case.name], MLSTM)
-    known = [what for what in passes if has_matrix or not what.startswith("read")]
+    known = [what for what in passes if has_matrix or what not in READS]
     return [what for what in known if what != "step" or length == lengths[0]]
 
 

@@ -57,9 +57,12 @@ def main() -> None:
     parser.add_argument("--length", metavar="N,...", type=counts, default=[64], help="lengths of sequences (64)")
     parser.add_argument(
         "--passes", metavar="NAME,...", type=names, default=["step", "forward", "training"],
-        help="of step, forward, training (forward and backward), loop and loop_training (the same by steps), read and "
-        "read_training (one memory alone); the first three if not given",
+        help="of step, forward, training (forward and backward), loop and loop_training (the same by steps), read, "
+        "read_training, read_loop and read_loop_training (one memory alone); the first three if not given",
     )  # fmt: skip
+    parser.add_argument(
+        "--forms", metavar="NAME,...", type=names, help="of a core that has these forms, only them; all if not given"
+    )
     parser.add_argument("--repeats", metavar="N", type=int, default=50, help="calls to time (50)")
     parser.add_argument("--graph", action="store_true", help="time calls of a CUDA graph instead of eager ones")
     parser.add_argument("--out", metavar="FILE", type=Path, help="also write the numbers as JSON")
@@ -70,7 +73,7 @@ def main() -> None:
     from agent.core_timing import PASSES, list_cases, measure, passes_at
     from agent.training import choose_training_device
 
-    cases = list_cases(arguments.cores, arguments.size, arguments.device, arguments.set)
+    cases = list_cases(arguments.cores, arguments.size, arguments.device, arguments.set, arguments.forms)
     device = choose_training_device(cases[0].config)
     if unknown := set(arguments.passes) - set(PASSES):
         raise UserError(f"--passes {min(unknown)}: choose from {', '.join(PASSES)}")

@@ -255,6 +255,7 @@ BENCHMARKS = [
     Bad("benchmark_cores", f"{CORES} --batch 0", ("--batch", "positive")),
     Bad("benchmark_cores", f"{CORES} --length long", ("--length", "long")),
     Bad("benchmark_cores", f"{CORES} --passes backward", ("--passes backward", "training")),
+    Bad("benchmark_cores", f"{CORES} --forms exakt", ("--forms exakt", "exact")),
     Bad("benchmark_cores", f"{CORES} --repeats 0", ("--repeats 0",)),
     Bad("benchmark_cores", f"{CORES} --graph", ("--graph", "CUDA")),
     Bad("benchmark_cores", f"{CORES} --out {{here}}/none/a.json", ("--out", "none/a.json")),

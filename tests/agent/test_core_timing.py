@@ -52,9 +52,11 @@ def test_every_core_is_checked_and_timed(
 def test_loops_and_reads_are_timed_where_they_are_asked_for(run_script: RunScript, tmp_path: Path) -> None:
     out = tmp_path / "cores.json"
     words = ["--size", "debug", "--device", "cpu", "--length", "4,6", "--repeats", "2", "--out", str(out)]
-    assert run_script(*words, "--passes", "loop,loop_training,read,read_training") == 0
+    passes = ["loop", "loop_training", *core_timing.READS]
+    assert run_script(*words, "--passes", ",".join(passes), "--forms", "polynomial") == 0
     rows = json.loads(out.read_text())["rows"]
     assert {row["core"] for row in rows if row["pass"] == "loop"} == set(registered_cores())
+    assert {row["form"] for row in rows if row["core"] == "ortho_mlstm"} == {"polynomial"}
     assert {row["core"] for row in rows if row["pass"].startswith("read")} == {"mlstm", "ortho_mlstm", "mesa"}
     assert all(row["ms"] > 0 for row in rows)
 
@@ -73,8 +75,21 @@ def test_what_is_timed_as_the_read_is_what_the_core_does_with_its_memory(
     core_timing.workload(core, inputs, "read")()
     in_core, alone = seen[0], seen[-1]
     assert [(part.shape, part.dtype) for part in alone] == [(part.shape, part.dtype) for part in in_core]
-    gradients = core_timing.workload(core, inputs, "read_training")()
-    assert len(gradients) == 5 and all(gradient.norm() > 0 for gradient in gradients)
+    for what in ("read_training", "read_loop_training"):
+        gradients = core_timing.workload(core, inputs, what)()
+        assert len(gradients) == 5 and all(gradient.norm() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", ["mlstm", "ortho_mlstm", "mesa"])
+def test_a_read_by_steps_reads_what_a_read_at_once_does(name: str) -> None:
+    (case, *_) = list_cases([name], ["debug"], "cpu", [])
+    core = case.make(CPU)
+    inputs = core_timing.make_inputs(core, case.input_size, 2, 6, torch.float32)
+    found = []
+    for what in ("read", "read_loop"):
+        torch.manual_seed(0)
+        found.append(core_timing.workload(core, inputs, what)())
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4 * float(found[0].std()))
 
 
 class WrongValue(BlockGRU):
@@ -126,6 +141,10 @@ def test_forms_are_cases_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, form in (("gru", "narrow"), ("gru", "wide"), ("attention", ""))
     ]
     assert [case.config.core.hidden for case in cases[:2]] == [8, 24]
+    chosen = list_cases(["gru", "mesa"], ["debug"], "cpu", [], ["wide"])
+    assert [(case.name, case.form) for case in chosen] == [
+        ("gru", "wide"), ("mesa", "30 iterations"), ("mesa", "20 iterations"),
+    ]  # fmt: skip
 
 
 def test_products_in_bf16_have_their_own_tolerance() -> None:
