@@ -75,7 +75,7 @@ def chebyshev_fit(chain: Map, degree: int) -> NDArray[np.float64]:
         *coefficients, level = np.linalg.solve(system, on_scalars(chain, points))
         error = on_scalars(chain, grid) - _basis(grid, terms) @ coefficients
         largest = np.abs(error).max()
-        if largest <= max(abs(level) * (1 + 1e-6), 1e-10):
+        if largest <= max(abs(level) * (1 + 1e-6), 1e-8):
             return np.asarray(coefficients)
         points = _alternating_extrema(grid, error, terms + 1)
     raise RuntimeError(f"the exchange for a polynomial of degree {degree} did not converge")

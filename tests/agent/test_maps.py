@@ -72,6 +72,11 @@ def test_a_polynomial_is_fitted_exactly() -> None:
         np.testing.assert_allclose(evaluate(chebyshev_fit(pe2, degree), S), on_scalars(pe2, S), atol=1e-12)
 
 
+def test_a_degree_far_beyond_what_is_needed_is_fitted_too() -> None:
+    cubic = make_map("cubic", 5)
+    np.testing.assert_allclose(evaluate(chebyshev_fit(cubic, 61), S), on_scalars(cubic, S), atol=1e-8)
+
+
 def test_evaluate_is_the_chebyshev_series() -> None:
     coefficients = np.array([0.3, -1.2, 0.7])
     x = 2 * S**2 - 1
