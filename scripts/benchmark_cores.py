@@ -1,6 +1,5 @@
 """Time the recurrent cores: a step, a sequence, and a sequence with its gradients."""
 
-import json
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
@@ -72,6 +71,7 @@ def main() -> None:
 
     from agent.core_timing import PASSES, list_cases, measure, passes_at
     from agent.training import choose_training_device
+    from agent.writing import write_json
 
     cases = list_cases(arguments.cores, arguments.size, arguments.device, arguments.set, arguments.forms)
     device = choose_training_device(cases[0].config)
@@ -84,7 +84,12 @@ def main() -> None:
     if arguments.out and (arguments.out.is_dir() or not arguments.out.parent.is_dir()):
         raise UserError(f"--out {arguments.out}: give a file in a folder that exists")
 
+    on_gpu = device.type == "cuda"
     rows: list[dict[str, Any]] = []
+    result = {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu x{torch.get_num_threads()}",
+        "torch": torch.__version__, "graph": arguments.graph, "repeats": arguments.repeats, "rows": rows,
+    }  # fmt: skip
     planned = [passes_at(case, at, arguments.length, arguments.passes) for case in cases for at in arguments.length]
     with tqdm(total=len(arguments.batch) * sum(map(len, planned)), unit="row", file=sys.stderr) as bar:
         for case in cases:
@@ -95,18 +100,10 @@ def main() -> None:
             ):  # fmt: skip
                 rows.append(row)
                 bar.update()
-    on_gpu = device.type == "cuda"
-    result = {
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu x{torch.get_num_threads()}",
-        "torch": torch.__version__, "graph": arguments.graph, "repeats": arguments.repeats, "rows": rows,
-    }  # fmt: skip
+                if arguments.out:  # after every row, so that an interruption loses none
+                    write_json(arguments.out, result)
     print(f"{result['device']}, torch {torch.__version__}, {rows[0]['precision']}")
     print(table(rows))
-    if arguments.out:
-        try:
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror})") from None
     if any("refused" in row for row in rows):
         sys.exit(1)
 
