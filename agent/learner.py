@@ -223,6 +223,8 @@ class Learner:
         """
         horizon, rssm = self.config.behavior.imagination_horizon, self.frozen_world_model.module.rssm
         state = {key: value.detach().flatten(0, 1) for key, value in start.state.items()}
+        if not self.through_model:
+            state = rssm.core.for_imagination(state, self.dtype)
         h, z = start.h.detach().flatten(0, 1), start.z.detach().flatten(0, 1)
         action_noise = self.action.noise((horizon, h.shape[0]), self.device)
         uniform = torch.rand(horizon, h.shape[0], rssm.groups, device=self.device)

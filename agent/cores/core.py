@@ -93,6 +93,14 @@ class RecurrentCore(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has read_size 0")
 
+    def for_imagination(self, state: State, dtype: torch.dtype) -> State:
+        """A memory (B, ...) as imagination carries it, without gradients, from many states over a few steps.
+
+        What hardly loses by it may be kept in `dtype`, that of matrix products: to read and write a large memory at
+        each step is most of what those steps take. `step` and `read` keep to it, and compute as before.
+        """
+        return state
+
     def scale_output_(self, factor: float) -> None:
         """Let h begin this many times as long, where all that is learned later may change it; called before training.
 

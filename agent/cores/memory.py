@@ -41,7 +41,10 @@ MAX_LOG_NORMALISER = 80.0  # exp of more overflows in fp32
 
 
 class Memory(NamedTuple):
-    """The memory is exp(m) C, its normaliser exp(m) n; all in fp32. Other leading axes than (B, H) do as well."""
+    """The memory is exp(m) C, its normaliser exp(m) n; all in fp32, but for C in imagination, which may be in bf16.
+
+    Other leading axes than (B, H) do as well.
+    """
 
     C: Tensor  # (B, H, K, V)
     n: Tensor  # (B, H, K)
@@ -78,7 +81,7 @@ def write(k: Tensor, v: Tensor, log_input: Tensor, log_forget: Tensor, first: Te
 
 def plain_read(q: Tensor, memory: Memory) -> Tensor:
     """Read q'C / max(|q'n|, exp(-m)) for q (B, H, K) -> (B, H, V)."""
-    y = _row(q, memory.C.to(q.dtype)).to(memory.C.dtype)
+    y = _row(q, memory.C.to(q.dtype)).to(memory.n.dtype)
     overlap = (q * memory.n).sum(-1)
     return (y / _normaliser(overlap, memory.m)[..., None]).to(q.dtype)
 

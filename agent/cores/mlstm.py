@@ -189,6 +189,12 @@ class MLSTM(RecurrentCore):
             state |= _pack(index, Memory(*(part.clone() for part in memory)), history.clone())
         return state
 
+    def for_imagination(self, state: State, dtype: torch.dtype) -> State:
+        """The same with the matrices C in `dtype` where the read bears it."""
+        if not self.reader.bears_rounding:
+            return state
+        return {key: value.to(dtype) if key.startswith("memory_") else value for key, value in state.items()}
+
     def step(self, x: Tensor, state: State, first: Tensor) -> tuple[Tensor, State]:
         """Input x (B, X), state (B, ...), first (B,) -> h (B, F) and the state after it."""
 
@@ -226,7 +232,7 @@ class MLSTM(RecurrentCore):
         q = query.unflatten(-1, (self.config.heads, -1))
         memory, _ = _unpack(self.config.blocks - 1, state)
         y = self.reader.read(unit_length(q) if self.config.unit_norm else q, memory)
-        y = F.rms_norm(y.to(memory.C.dtype), y.shape[-1:], eps=RMS_EPS)
+        y = F.rms_norm(y.to(memory.n.dtype), y.shape[-1:], eps=RMS_EPS)
         return y.flatten(1).to(query.dtype)
 
     @torch.no_grad()

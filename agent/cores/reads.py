@@ -48,6 +48,11 @@ class Read(nn.Module, ABC):
         """What takes the place of v (..., V) wherever k (..., K) is written: `written_size(V)` wide."""
         return v
 
+    @property
+    def bears_rounding(self) -> bool:
+        """Whether what is read loses little where C is rounded after every step, once imagination begins."""
+        return False
+
     @abstractmethod
     def read(self, q: Tensor, memory: Memory) -> Tensor:
         """Ask a memory (B, H, ...) with q (B, H, K) -> (B, H, V)."""
@@ -76,6 +81,8 @@ class Read(nn.Module, ABC):
 
 class PlainRead(Read):
     """The mLSTM's own: q'C over its normaliser."""
+
+    bears_rounding = True
 
     def read(self, q: Tensor, memory: Memory) -> Tensor:  # noqa: D102
         return plain_read(q, memory)
@@ -170,6 +177,11 @@ class OrthoRead(Read):
         start, end = config.alpha_start, config.alpha_end
         self._set(end if share == 1 else start + share * (end - start))
         return self.plain != was_plain
+
+    @property
+    def bears_rounding(self) -> bool:
+        """Only a plain read: the map raises small singular values several times, and rounding with them."""
+        return self.plain
 
     def _mixed(self, A: Tensor) -> Tensor:
         return torch.lerp(A, on_matrices(self.map, A), self.alpha.to(A.dtype))

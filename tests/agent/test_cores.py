@@ -100,6 +100,27 @@ def test_sequence_equals_steps_with_values_and_all_gradients(core: RecurrentCore
         assert theirs.abs().max() > 0
 
 
+def test_imagination_may_carry_a_memory_in_bf16(core_of_size_debug: MakeCore) -> None:
+    """Over the steps of an imagination; what is read the second time too."""
+    core = core_of_size_debug(torch.float32)
+    state, x, first = used_state(core), torch.randn(B, 15, INPUT), torch.zeros(B, 15, dtype=torch.bool)
+    same = core.for_imagination(state, torch.float32)
+    assert all(same[key] is value for key, value in state.items())
+    light = core.for_imagination(state, torch.bfloat16)
+    assert {key: value.shape for key, value in light.items()} == {key: value.shape for key, value in state.items()}
+    with torch.no_grad():
+        h, states = one_by_one(core, x, light, first)
+        exact, exact_states = one_by_one(core, x, state, first)
+    assert {key: value.dtype for key, value in states.items()} == {key: value.dtype for key, value in light.items()}
+    assert h.dtype == exact.dtype
+    assert (h - exact).norm() < 0.01 * exact.norm()
+    if core.read_size:
+        query = torch.randn(B, core.query_size)
+        answer, true = (core.read(query, {k: v[:, -1] for k, v in s.items()}) for s in (states, exact_states))
+        assert answer.dtype == true.dtype
+        assert (answer - true).norm() < 0.02 * true.norm()
+
+
 def test_a_sequence_may_be_cut_anywhere(core: RecurrentCore) -> None:
     x, first, state = inputs(), some_first(), used_state(core)
     whole, end = core.sequence(x, state, first)

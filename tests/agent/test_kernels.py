@@ -258,6 +258,17 @@ def test_step_follows_the_reference(key: int, value: int, dtype: torch.dtype) ->
             memory = after
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_keeps_a_memory_in_bf16_and_computes_as_in_fp32(dtype: torch.dtype) -> None:
+    *now, first, memory = at(make_inputs(1, 16, 16, dtype), 0)
+    halved = memory._replace(C=memory.C.bfloat16())
+    for c in (None, coefficients()):
+        y, after = one_step.step(*now, first, halved, c)
+        exact_y, exact = one_step.step(*now, first, halved._replace(C=halved.C.float()), c)
+        assert torch.equal(y, exact_y)
+        assert all(torch.equal(a, b) for a, b in zip(after, exact._replace(C=exact.C.bfloat16()), strict=True))
+
+
 def test_a_step_from_an_infinite_memory_that_is_emptied() -> None:
     *now, _, memory = at(make_inputs(1, 16, 16), 0)
     infinite = Memory(*(torch.full_like(x, float("inf")) for x in memory))
@@ -330,6 +341,10 @@ def test_on_the_cpu_the_reference_runs() -> None:
     for given, read in reads:
         y, found = kernels.step(*now, first, memory, given)
         assert all(torch.equal(a, b) for a, b in zip((y, *found), (read, *after), strict=True))
+    halved, halved_after = kernels.step(*now, first, memory._replace(C=memory.C.bfloat16()))
+    whole, after = kernels.step(*now, first, memory._replace(C=memory.C.bfloat16().float()))
+    assert torch.equal(halved, whole)
+    assert all(torch.equal(a, b) for a, b in zip(halved_after, after._replace(C=after.C.bfloat16()), strict=True))
 
 
 def test_a_step_with_gradients_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,22 @@ def test_imagination_reads_the_memory_after_every_step(make: Make) -> None:
         torch.testing.assert_close(feature[:, -8:], expected.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("gradient", "dtype"), [("reinforce", torch.bfloat16), ("dynamics", torch.float32)])
+def test_imagination_carries_the_memory_as_the_core_asks_unless_gradients_go_through_it(
+    make_agent: Make, monkeypatch: pytest.MonkeyPatch, gradient: str, dtype: torch.dtype
+) -> None:
+    learner = make_agent(BOX, ["precision=bf16", f"behavior.gradient={gradient}"], core="mlstm").learner
+    step, seen = learner._imagine_step, []
+    monkeypatch.setattr(
+        learner, "_imagine_step", lambda state, *rest: seen.append(state["memory_0"].dtype) or step(state, *rest)
+    )
+    rssm = learner.world_model.rssm
+    state, z = rssm.initial(6)
+    start = {key: value.unsqueeze(0) for key, value in state.items()}
+    learner._imagine(Latent(start, torch.zeros(1, 6, rssm.core.feature_size), z.unsqueeze(0)))
+    assert seen == [dtype] * learner.config.behavior.imagination_horizon
+
+
 @with_and_without_read
 @pytest.mark.parametrize("gradient", ["reinforce", "dynamics"])
 def test_every_weight_learns(make: Make, gradient: str, read: bool) -> None:

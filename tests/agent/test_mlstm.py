@@ -206,6 +206,24 @@ def test_at_alpha_zero_it_is_the_plain_core_bit_for_bit(make: MakeCore, form: st
 # ---- what changes with training ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "dtype"),
+    [
+        ("mlstm", [], torch.bfloat16),
+        ("ortho_mlstm", ["alpha_start=0"], torch.bfloat16),
+        ("ortho_mlstm", [], torch.float32),
+        ("mesa", [], torch.float32),
+    ],
+)
+def test_imagination_rounds_matrices_that_are_read_plainly(
+    make: MakeCore, name: str, settings: list[str], dtype: torch.dtype
+) -> None:
+    core = make(name, *settings)
+    state = core.for_imagination(core.initial(2), torch.bfloat16)
+    found = {key: value.dtype for key, value in state.items()}
+    assert found == {key: dtype if key.startswith("memory_") else torch.float32 for key in found}
+
+
 def test_linear_schedule_moves_alpha_and_says_when_it_is_zero(make: MakeCore) -> None:
     core = make("ortho_mlstm", "alpha_schedule=linear", "alpha_start=0.8", "alpha_end=0.0", "alpha_updates=100")
     x, first = inputs()

@@ -42,17 +42,18 @@ def step(
     """`write`, then `polynomial_read` with coefficients (J,), or `plain_read` without.
 
     Takes q, k (B, H, K), v (B, H, V), log gates (B, H), first (B,); gives y (B, H, V) and the memory after the step.
-    The kernel has no gradient, so that where one is asked for, the reference runs.
+    C may be in bf16: it is added to and read in fp32, and rounded afterwards. The kernel has no gradient, so that where
+    one is asked for, the reference runs.
     """
     sources = (q, k, v, log_input, log_forget, *memory)
     if _fits(q, k, v, DIMS) and not (torch.is_grad_enabled() and any(source.requires_grad for source in sources)):
         from agent.cores.kernels import one_step as kernel
 
         return kernel.step(q, k, v, log_input, log_forget, first, memory, coefficients)
-    memory = reference.write(k, v, log_input, log_forget, first, memory)
-    if coefficients is None:
-        return reference.plain_read(q, memory), memory
-    return reference.polynomial_read(q, memory, coefficients), memory
+    wide = memory._replace(C=memory.C.to(memory.n.dtype))
+    after = reference.write(k, v, log_input, log_forget, first, wide)
+    y = reference.plain_read(q, after) if coefficients is None else reference.polynomial_read(q, after, coefficients)
+    return y, after._replace(C=after.C.to(memory.C.dtype))
 
 
 def plain_read_sequence(

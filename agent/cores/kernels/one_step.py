@@ -50,7 +50,7 @@ def _step(
     first = tl.load(first_ptr + row // heads) != 0
     # A memory that is emptied is not read: what it holds may be infinite.
     wanted = tl.where(first == 0, keys, -1) >= 0
-    c = tl.load(c_ptr + cell, mask=wanted[:, None], other=0.0)
+    c = tl.load(c_ptr + cell, mask=wanted[:, None], other=0.0).to(tl.float32)
     n = tl.load(n_ptr + row * K + keys, mask=wanted, other=0.0)
     m_before = tl.where(first, EMPTY, tl.load(m_ptr + row))
 
@@ -60,7 +60,7 @@ def _step(
     write = tl.exp(log_input - m)
     c = forget * c + (write * k)[:, None] * v[None, :]
     n = forget * n + write * k
-    tl.store(c_out_ptr + cell, c)
+    tl.store(c_out_ptr + cell, c.to(c_out_ptr.dtype.element_ty))
     tl.store(n_out_ptr + row * K + keys, n)
     tl.store(m_out_ptr + row, m)
 
@@ -137,7 +137,7 @@ def step(
         log_input: logarithm of the input gate (B, H), fp32.
         log_forget: logarithm of the forget gate (B, H), fp32.
         first: bool (B,); where true, the memory is emptied before the step.
-        memory: memory before the step.
+        memory: memory before the step; its C may be in bf16, and is so afterwards.
         coefficients: c (J,) of f(s) = sum_j c_j s T_j(2 s^2 - 1) for the read q' f(C / |C|), fp32; None is the plain
             read q'C / max(|q'n|, exp(-m)).
 
