@@ -81,6 +81,10 @@ class AttentionWindow(RecurrentCore):
             "taken": torch.zeros(batch, self.window, device=device),
         }
 
+    def for_imagination(self, state: State, dtype: torch.dtype) -> State:
+        """The same with keys and values in the dtype of the products that they are: no number changes."""
+        return {key: value if key == "taken" else value.to(dtype) for key, value in state.items()}
+
     def step(self, x: Tensor, state: State, first: Tensor) -> tuple[Tensor, State]:
         """A sequence of one: x (B, X), first (B,) -> h (B, F) and the new state."""
         h, state = self.sequence(x.unsqueeze(1), state, first.unsqueeze(1))

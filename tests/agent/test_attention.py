@@ -12,6 +12,7 @@ from agent import config as configuration
 from agent.agent import Agent
 from agent.cores import make_core
 from agent.cores.attention import AttentionConfig, AttentionWindow
+from agent.networks import Frozen
 
 INPUT, B, T, PAST = 5, 3, 12, 9
 WIDTH, BLOCKS, HEADS, HEAD_SIZE, UNITS = 10, 2, 3, 4, 7
@@ -143,6 +144,23 @@ def test_no_clock_runs_in_the_memory() -> None:
     torch.testing.assert_close(h[:, 8:16], h[:, -8:], rtol=1e-10, atol=1e-12)
     _, early = core.sequence(x[:, :16], empty, torch.zeros(1, 16, dtype=torch.bool))
     torch.testing.assert_close(state, early, rtol=1e-10, atol=1e-12)
+
+
+def test_imagination_in_bf16_changes_no_number() -> None:
+    core = small_core(window=4).float()
+    frozen = Frozen(core, torch.bfloat16).module
+    first = torch.zeros(3, dtype=torch.bool)
+    with torch.no_grad():
+        state = frozen.sequence(torch.randn(3, 6, INPUT).bfloat16(), core.initial(3), first[:, None].expand(3, 6))[1]
+        light = core.for_imagination(state, torch.bfloat16)
+        assert {key: value.dtype for key, value in light.items() if key != "taken"} == {
+            "keys": torch.bfloat16, "values": torch.bfloat16,
+        }  # fmt: skip
+        for _ in range(6):
+            x = torch.randn(3, INPUT).bfloat16()
+            (h, state), (light_h, light) = frozen.step(x, state, first), frozen.step(x, light, first)
+            assert torch.equal(h, light_h)
+            assert all(torch.equal(value, light[key].float()) for key, value in state.items())
 
 
 def test_an_empty_first_step_does_not_drown_the_others() -> None:
