@@ -1,5 +1,6 @@
 """A trained agent on its environment: returns of whole episodes, and a video of one."""
 
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import gymnasium
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from agent import checkpoint
 from agent import config as configuration
@@ -87,7 +89,8 @@ def evaluate(
         options={**env.options, **(options or {})},
     )
     results: dict[int, Finished] = {}
-    try:
+    # How long an episode is, only a time limit says; without one the bar counts steps and episodes.
+    with contextlib.closing(streams), tqdm(desc="evaluation", total=env.time_limit, unit="step", disable=None) as bar:
         carry, row = agent.initial(episodes), streams.reset()
         while len(results) < episodes:
             values = tensors(row)
@@ -96,8 +99,8 @@ def evaluate(
             row = streams.receive()
             for episode in streams.finished:
                 results.setdefault(episode.index, episode)
-    finally:
-        streams.close()
+            bar.set_postfix_str(f"{len(results)} of {episodes} episodes", refresh=False)
+            bar.update()
     ended = [results[index] for index in range(episodes)]
     returns = [episode.episode_return for episode in ended]
     told = sorted({name for episode in ended for name in episode.metrics})
