@@ -12,11 +12,13 @@ from tqdm import tqdm
 
 from agent.agent import Agent
 from agent.errors import UserError
-from agent.view.episode import cut, play_episode, spread
-from agent.view.open_loop import predict
+from agent.view.episode import Episode, cut, play_episode, spread
+from agent.view.open_loop import Sequences, predict
+from agent.world_model.world_model import Batch
 
 STARTS = 64
 """States of an episode from which is imagined, at most."""
+LOSSES = ("dynamics", "reconstruction", "reward")
 
 
 def foresee(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
@@ -31,7 +33,9 @@ def foresee(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
         `starts`, from how many states was looked ahead, and mean rewards on arriving at them and 1, 2, ..., H steps
         later, H being the imagination horizon: `came`; `predicted` by the model from the actions that were taken, of
         which a difference is the model's error; `imagined`, where the policy acts on what the model predicts. More
-        there than in `predicted` is what the policy makes of the model, and not of the environment.
+        there than in `predicted` is what the policy makes of the model, and not of the environment. Also `losses`, the
+        model's means over these episodes by name: what training logs as `loss/...` of replay, but of episodes that it
+        has not learned from.
 
     Raises:
         UserError: no episode is long enough.
@@ -39,16 +43,46 @@ def foresee(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
     """
     length = agent.config.behavior.imagination_horizon + 1
     found: dict[str, list[Tensor]] = {"came": [], "predicted": [], "imagined": []}
+    lost: list[Tensor] = []
     for number in tqdm(range(seed, seed + episodes), desc="foresight", unit="episode", disable=None):  # for a terminal
         episode = play_episode(agent, number, longest=None)
         if len(episode.reward) < length:
             continue
         given = cut(agent, episode, spread(len(episode.reward), length, STARTS), length)
         found["came"].append(given.reward.cpu())
+        lost.append(losses(agent, whole_of(agent, episode), torch.Generator().manual_seed(number)))
         for name, act in (("predicted", False), ("imagined", True)):
             generator = torch.Generator().manual_seed(number)
             found[name].append(predict(agent, given, 1, generator, act=act).model_reward)
     if not found["came"]:
         raise UserError(f"no episode has the {length} steps of an imagined one; there is nothing to compare")
     rewards = {name: torch.cat(parts) for name, parts in found.items()}  # (starts, 1 + H)
-    return {"starts": len(rewards["came"])} | {name: values.mean(0).tolist() for name, values in rewards.items()}
+    means = dict(zip(LOSSES, torch.cat(lost).mean(0).tolist(), strict=True))
+    return {
+        "starts": len(rewards["came"]),
+        **{name: values.mean(0).tolist() for name, values in rewards.items()},
+        "losses": means,
+    }
+
+
+def whole_of(agent: Agent, episode: Episode) -> Sequences:
+    """An episode in sequences as long as those of training, (B, T, ...), without what is left over at its end."""
+    steps = len(episode.reward)
+    length = min(agent.config.train.batch_length, steps)
+    return cut(agent, episode, range(0, steps - length + 1, length), length)
+
+
+@torch.no_grad()
+def losses(agent: Agent, given: Sequences, generator: torch.Generator) -> Tensor:
+    """What the world model loses on sequences (B, T, ...) that it infers anew: means over steps, (B, 3) as LOSSES.
+
+    No episode may end in them. `generator`, on the CPU, is that of the posterior's samples.
+    """
+    model = agent.learner.frozen_world_model.module
+    rssm, token = model.rssm, model.encoder(given.observation, agent.dtype)
+    noise = torch.rand(*given.first.shape, rssm.groups, generator=generator).to(agent.device)
+    posterior = rssm.observe(given.state, given.z, given.previous_action, given.first, token, noise)
+    never = torch.zeros_like(given.first)
+    batch = Batch(given.observation, given.previous_action, given.reward, given.first, never, never)
+    found, _ = model.losses(batch, posterior, rssm.feature(posterior.latent, agent.dtype))
+    return torch.stack([found[name].float().mean(1).cpu() for name in LOSSES], 1)

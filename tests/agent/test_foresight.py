@@ -17,7 +17,7 @@ from agent.errors import UserError
 from agent.training import train
 from agent.view import foresight
 from agent.view.episode import play_episode
-from agent.view.foresight import foresee
+from agent.view.foresight import foresee, whole_of
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_agent.py"
 ROWS = LENGTH + 1  # of an episode, from its first observation to its last
@@ -65,6 +65,48 @@ def test_expectations_of_a_whole_episode_are_those_of_the_model_by_hand(core: st
     for name, rewards in expected.items():
         assert found[name] == pytest.approx(rewards, abs=1e-5)
     assert found["predicted"] != found["imagined"] and max(map(abs, found["predicted"])) > 0.01
+
+
+@pytest.mark.parametrize("core", ["gru", "ortho_mlstm"])
+def test_losses_of_a_whole_episode_are_those_of_its_steps_by_hand(core: str) -> None:
+    agent = with_opinions(core, 4)
+    agent.config = dataclasses.replace(
+        agent.config, train=dataclasses.replace(agent.config.train, batch_length=2 * ROWS)
+    )
+    found = foresee(agent, episodes=1, seed=5)["losses"]
+    episode = play_episode(agent, 5, None)
+    model = agent.learner.frozen_world_model.module
+    noise = torch.rand(1, ROWS, model.rssm.groups, generator=torch.Generator().manual_seed(5))[0]
+    rows: dict[str, list[float]] = {"dynamics": [], "reconstruction": [], "reward": []}
+    state, z = model.rssm.initial(1)
+    with torch.no_grad():
+        for t in range(ROWS):
+            now = slice(t, t + 1)
+            seen = {key: value[now] for key, value in episode.observation.items()}
+            token = model.encoder(seen, torch.float32)
+            latent, log_probs = model.rssm.observe_step(
+                state, z, episode.previous_action[now], episode.first[now], token, noise[now]
+            )
+            state, z = latent.state, latent.z
+            feature = model.rssm.feature(latent, torch.float32)
+            posterior, prior = (
+                torch.distributions.Categorical(logits=logits)
+                for logits in (log_probs, model.rssm.prior_log_probs(latent.h, torch.float32))
+            )
+            distance = torch.distributions.kl_divergence(posterior, prior).sum().item()
+            rows["dynamics"].append(max(distance, agent.config.loss.free_nats))
+            rows["reconstruction"].append(sum(loss.item() for loss in model.decoder.losses(feature, seen).values()))
+            rows["reward"].append(model.reward.loss(model.reward(feature), episode.reward[now]).item())
+    assert found == pytest.approx({name: sum(values) / ROWS for name, values in rows.items()}, rel=1e-4)
+
+
+def test_losses_are_taken_on_sequences_as_long_as_those_of_training() -> None:
+    agent = with_opinions("gru", 4)
+    episode, length = play_episode(agent, 5, None), agent.config.train.batch_length
+    whole = whole_of(agent, episode)
+    assert whole.reward.shape == (ROWS // length, length) and len(whole.reward) > 1
+    assert torch.equal(whole.reward.flatten(), episode.reward[: whole.reward.numel()])
+    assert torch.equal(whole.z[1:], episode.z[length - 1 : -1 : length][: len(whole.z) - 1])
 
 
 def test_all_starts_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
