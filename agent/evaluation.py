@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from agent import checkpoint
+from agent import checkpoint, devices
 from agent import config as configuration
 from agent.agent import Agent, Carry
 from agent.arrays import tensors
 from agent.environment import make_env
 from agent.errors import UserError
-from agent.training import choose_training_device
 from agent.video import check_video, write_video
 from agent.world_model.encoder import Observation
 from envs.errors import failing
@@ -56,7 +55,7 @@ def load(
     found = None if best else checkpoint.recover(directory, lambda line: print(line, file=sys.stderr))
     saved = found[1] if found else checkpoint.load(path)
     env = make_env(config, render)
-    agent = Agent(env.observation_space, env.action_space, config, choose_training_device(config))
+    agent = Agent(env.observation_space, env.action_space, config, devices.choose(config.device))
     env.close()
     agent.load_state_dict(saved["agent"])
     return agent

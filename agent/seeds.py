@@ -8,12 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from agent import config as configuration
+from agent import devices
 from agent import logdir as logdirs
 from agent.errors import UserError
 from agent.results import read_metric
 from agent.schema import Config
 from agent.side_by_side import Job, SideBySide
-from agent.training import choose_training_device
 from agent.writing import write_text
 
 LAST_EPISODES = 10
@@ -34,7 +34,7 @@ def train_seeds(config: Config, seeds: Sequence[int], out: Path) -> None:
     configs = {f"seed{seed}": dataclasses.replace(config, seed=seed) for seed in seeds}
     for name, of_seed in configs.items():
         logdirs.check(of_seed, out / name)
-    device = choose_training_device(config)
+    device = devices.choose(config.device)
     print(f"{len(seeds)} runs in {out}, side by side; what each says: {out / next(iter(configs))}.log and so on")
     if device.type == "cuda" and "CUDA_MPS_PIPE_DIRECTORY" not in os.environ:
         print("processes share a GPU better under NVIDIA's MPS: start nvidia-cuda-mps-control -d beforehand")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agent import checkpoint, compile_ahead
+from agent import checkpoint, compile_ahead, devices
 from agent import logdir as logdirs
 from agent.agent import Agent, Carry
 from agent.arrays import as_arrays, as_tensors, tensors
@@ -34,20 +34,6 @@ from agent.stopping import SignalsHeld
 from agent.view.training import OpenLoopPictures
 from envs.errors import EnvironmentFailure
 from envs.streams import Row, Streams
-
-
-def choose_training_device(config: Config) -> torch.device:
-    """The device that `config.device` means here.
-
-    Raises:
-        UserError: cuda is asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
-        raise UserError(
-            "device: cuda, but torch finds no CUDA device here; use --device cpu, or install a CUDA build of torch"
-        )
-    return torch.device("cuda" if available and config.device != "cpu" else "cpu")
 
 
 def train(config: Config, logdir: str | Path | None = None, news: Sequence[str] = ()) -> Path:
@@ -71,7 +57,7 @@ def train(config: Config, logdir: str | Path | None = None, news: Sequence[str] 
             disk is full; or too many updates in a row had a number that is not finite.
     """
     started = time.monotonic()
-    device = choose_training_device(config)
+    device = devices.choose(config.device)
     logdir = logdirs.new_logdir(config) if logdir is None else Path(logdir)
     logdirs.check(config, logdir)
     if config.log.tensorboard:
@@ -391,7 +377,7 @@ class Run:
         """What is the same on all ranks."""
         return {
             "run": logdirs.identity(self.config),
-            "platform": platform(self.device),
+            "platform": devices.platform(self.device),
             "agent": self.agent.state_dict(),
             "ratio": self.ratio.state_dict(),
             "rows": self.rows,
@@ -450,7 +436,7 @@ class Run:
                     f"            written by {len(parts(saved))} ranks, not {self.ranks.size}: environments, their"
                     " episodes and replay are dealt out anew, all of them; noise and sampling begin anew"
                 )
-            here = platform(self.device)
+            here = devices.platform(self.device)
             changed = [
                 f"{key} {value}, not {here[key]}" for key, value in saved["platform"].items() if value != here[key]
             ]
@@ -469,12 +455,3 @@ class Run:
                 torch.cuda.synchronize()
             self.line.note(f"first update {time.monotonic() - self.started:.1f} s after the start")
             self.line.forget_rates()
-
-
-def platform(device: torch.device) -> dict[str, str]:
-    """What decides how sums are rounded, besides the code."""
-    on_gpu = device.type == "cuda"
-    return {
-        "torch": str(torch.__version__),  # a class of its own, which no checkpoint may hold
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu with {torch.get_num_threads()} threads",
-    }

@@ -10,13 +10,13 @@ import torch
 from torch.autograd import DeviceType
 
 import envs
+from agent import devices
 from agent.agent import Agent
 from agent.plain_update import PlainUpdate
 from agent.random_state import make_deterministic
 from agent.rehearsal import rehearsing
 from agent.replay import Replay
 from agent.schema import Config
-from agent.training import choose_training_device
 
 WARM_UP = 20  # updates in which regions compile, the graph is captured and clocks rise
 CHUNK = 10  # updates between two readings of the clock, since waiting for a GPU costs time too
@@ -45,7 +45,7 @@ def time_updates(
         `kernels` an update and the share `busy` of the time in which one was running; if asked for, `plain_ms` and
         `times_plain`, how many times `ms` that is.
     """
-    device = choose_training_device(config)
+    device = devices.choose(config.device)
     make_deterministic(config, device)  # as a run does: it decides on kernels, and under which name code is kept
     env = envs.make(config.env.name, action_repeat=config.env.action_repeat, options=config.env.options)
     agent, replay = rehearsing(env.observation_space, env.action_space, config, device)

@@ -86,10 +86,10 @@ def main() -> None:
 
     import torch
 
-    from agent.training import choose_training_device
+    from agent import devices
     from agent.update_timing import time_updates
 
-    choose_training_device(config)
+    devices.choose(config.device)
     for line in news:
         tell(line)
     if arguments.threads:

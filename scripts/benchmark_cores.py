@@ -69,12 +69,12 @@ def main() -> None:
 
     import torch
 
+    from agent import devices
     from agent.core_timing import PASSES, list_cases, measure, passes_at
-    from agent.training import choose_training_device
     from agent.writing import write_json
 
     cases = list_cases(arguments.cores, arguments.size, arguments.device, arguments.set, arguments.forms)
-    device = choose_training_device(cases[0].config)
+    device = devices.choose(cases[0].config.device)
     if unknown := set(arguments.passes) - set(PASSES):
         raise UserError(f"--passes {min(unknown)}: choose from {', '.join(PASSES)}")
     if arguments.repeats < 1:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import envs
 from agent import config as configuration
+from agent import devices
 from agent import logdir as logdirs
 from agent.errors import UserError
 from agent.memory.config import Evaluation, Run, Suite
@@ -18,7 +19,6 @@ from agent.memory.scoring import Result, task_of
 from agent.memory.worker import RESULT
 from agent.schema import Config
 from agent.side_by_side import Job, SideBySide
-from agent.training import choose_training_device
 from agent.writing import write_json, write_text
 
 
@@ -37,7 +37,7 @@ def run_suite(suite: Suite, out: Path, notify: Callable[[str], None]) -> None:
     for run in suite.runs:
         logdirs.check(run.config, out / run.name)
     for run in {run.probe: run for run in suite.runs}.values():
-        choose_training_device(run.config)
+        devices.choose(run.config.device)
         _check_env(run.config)
     if not find_spec("matplotlib"):
         notify("matplotlib is missing, so there will be no figure: pip install matplotlib")
@@ -47,7 +47,7 @@ def run_suite(suite: Suite, out: Path, notify: Callable[[str], None]) -> None:
     if results:
         report(suite.runs, results, out)
     waiting = {run.name: run for run in suite.runs if run.name not in results}
-    on_cpu = any(choose_training_device(run.config).type == "cpu" for run in waiting.values())
+    on_cpu = any(devices.choose(run.config.device).type == "cpu" for run in waiting.values())
     with TemporaryDirectory() as folder:
         jobs = [_job(run, out, Path(folder), suite.evaluation) for run in waiting.values()]
         with SideBySide(jobs, suite.parallel, on_cpu) as processes:

@@ -15,10 +15,11 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
+from agent import devices
 from agent.errors import UserError
 from agent.probe.config import Experiment, Probe, as_values
 from agent.probe.report import Row, sentence, table
-from agent.probe.training import Trainer, choose_device, run, seeds_per_hour
+from agent.probe.training import Trainer, run, seeds_per_hour
 from agent.writing import write_json, write_text
 
 
@@ -38,7 +39,7 @@ def run_suite(experiments: Sequence[Experiment], out: Path, alone: int, notify: 
     # Attention on the CPU runs seed after seed, which costs less than it is worth telling.
     warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented the batching")
     for each in experiments:
-        choose_device(each.probe)
+        devices.choose(each.probe.compute.device)
         _check(out / each.name, each)
     if not find_spec("matplotlib"):
         notify("matplotlib is missing, so there will be no figure: pip install matplotlib")

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agent import checkpoint
-from agent.errors import UserError
+from agent import checkpoint, devices
 from agent.networks import parameter_count
 from agent.probe.config import Probe, core_for_swap
 from agent.probe.model import make_model
@@ -25,24 +24,12 @@ Curves = dict[str, list[list[float]]]
 """By name, for each evaluation, a number for each seed."""
 
 
-def choose_device(probe: Probe) -> torch.device:
-    """The device that `compute.device` means here.
-
-    Raises:
-        UserError: cuda is asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if probe.compute.device == "cuda" and not available:
-        raise UserError("device: cuda, but torch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if available and probe.compute.device != "cpu" else "cpu")
-
-
 class Trainer:
     """All seeds of one experiment, at some step of their training."""
 
     def __init__(self, probe: Probe):
         self.probe = probe
-        self.device = choose_device(probe)
+        self.device = devices.choose(probe.compute.device)
         bf16 = probe.compute.precision == "bf16" or (probe.compute.precision == "auto" and self.device.type == "cuda")
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.task = probe.make_task()
