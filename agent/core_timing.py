@@ -79,10 +79,10 @@ def list_cases(
 
     Args:
         names: cores to take; None is all that are registered.
-        forms: the forms to take; of a core that has none of them, and for None, all.
         sizes: names of sizes; None leaves this choice to the configuration.
         device: "auto", "cpu" or "cuda".
         settings: "key=value", laid over every core's file.
+        forms: the forms to take; of a core that has none of them, and for None, all.
 
     Raises:
         UserError: a name or a setting is unknown or not allowed.
