@@ -7,6 +7,9 @@ from typing import Any
 from agent.errors import UserError
 from agent.probe.report import Row
 
+FEW = 4
+"""Columns whose names have room beside each other."""
+
 
 def draw(file: Path, rows: Sequence[Row]) -> None:
     """Write the figure of finished experiments.
@@ -21,7 +24,9 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
         gridspec_kw={"width_ratios": (1, 1.2, 1)},
     )  # fmt: skip
     labels = list(dict.fromkeys(_label(row, rows) for row in rows))
-    colors = {label: f"C{i % 10}" for i, label in enumerate(labels)}
+    palette = pyplot.get_cmap("tab10" if len(labels) <= 10 else "tab20")
+    colors = {label: palette(i % palette.N) for i, label in enumerate(labels)}
+    shown: dict[str, Any] = {}  # the line that stands for each label
     for task, (survival, curves, ends) in zip(tasks, grid, strict=True):
         own = [row for row in rows if row["task"] == task]
         for row in own:
@@ -30,13 +35,18 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
             _curves(curves, row, colors[label])
         columns(ends, {_label(row, rows): row["curves"]["accuracy"][-1] for row in own}, colors)
         survival.set(title=f"{task}: seeds not yet escaped", xlabel="step", ylabel="share of seeds", ylim=(-0.03, 1.05))
-        survival.legend(fontsize=8, loc="best")
+        shown |= dict(zip(*reversed(survival.get_legend_handles_labels()), strict=True))
         curves.set(title="accuracy, each seed", xlabel="step", ylim=(-0.02, 1.04))
         ends.set(title="accuracy at the end, each seed", ylim=(-0.02, 1.04))
+        if len(own) > FEW:
+            ends.set_xticks([])
+            ends.set_xlabel("in the order of the legend")
         for axes in (curves, ends):
             axes.axhline(max(own[0]["floors"].values()), color="0.4", lw=1, ls=":", zorder=0)
         curves.text(0.99, max(own[0]["floors"].values()) + 0.01, "floor", color="0.4", fontsize=8, ha="right",
                     transform=curves.get_yaxis_transform())  # fmt: skip
+    # Below the panels: among several experiments there is no corner that is free.
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=min(4, len(shown)), fontsize=8)
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
 
@@ -63,7 +73,7 @@ def _label(row: Row, rows: Sequence[Row]) -> str:
     return row["core"] + (f", lr {row['config']['training']['lr']:g}" if len(alike) > 1 else "")
 
 
-def _survival(axes: Any, row: Row, label: str, color: str) -> None:
+def _survival(axes: Any, row: Row, label: str, color: Any) -> None:
     """A staircase that goes down by one seed at each escape, with a point for every seed."""
     seeds, last = len(row["seeds"]), row["steps"][-1]
     escapes = sorted(step for step in row["escape_step"] if step is not None)
@@ -72,11 +82,11 @@ def _survival(axes: Any, row: Row, label: str, color: str) -> None:
     axes.plot(escapes, left[1:], "o", color=color, ms=4)
 
 
-def _curves(axes: Any, row: Row, color: str) -> None:
+def _curves(axes: Any, row: Row, color: Any) -> None:
     axes.plot(row["steps"], row["curves"]["accuracy"], color=color, lw=0.9, alpha=0.6)
 
 
-def columns(axes: Any, values: Mapping[str, Sequence[float]], colors: Mapping[str, str]) -> None:
+def columns(axes: Any, values: Mapping[str, Sequence[float]], colors: Mapping[str, Any]) -> None:
     """A column of points for each label, spread sideways in the order of seeds, and their mean as a bar."""
     for place, (label, points) in enumerate(values.items()):
         spread = [place + 0.5 * ((i + 0.5) / len(points) - 0.5) for i in range(len(points))]
