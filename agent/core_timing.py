@@ -180,7 +180,7 @@ def workload(core: RecurrentCore, inputs: Inputs, what: str) -> Callable[[], Any
         leaf = x.detach().requires_grad_()
         run = partial(step_by_step, core) if what.startswith("loop") else core.sequence
         function, leaves = lambda: run(leaf, state, first)[0], [leaf, *core.parameters()]
-    if what != "training" and not what.endswith("_training"):
+    if not what.endswith("training"):
         return torch.no_grad()(function)
     weight = torch.randn_like(function())
     return lambda: torch.autograd.grad((function() * weight).sum(), leaves, allow_unused=True)

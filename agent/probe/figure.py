@@ -35,7 +35,8 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
             _curves(curves, row, colors[label])
         columns(ends, {_label(row, rows): row["curves"]["accuracy"][-1] for row in own}, colors)
         survival.set(title=f"{task}: seeds not yet escaped", xlabel="step", ylabel="share of seeds", ylim=(-0.03, 1.05))
-        shown |= dict(zip(*reversed(survival.get_legend_handles_labels()), strict=True))
+        lines, names = survival.get_legend_handles_labels()
+        shown |= dict(zip(names, lines, strict=True))
         curves.set(title="accuracy, each seed", xlabel="step", ylim=(-0.02, 1.04))
         ends.set(title="accuracy at the end, each seed", ylim=(-0.02, 1.04))
         if len(own) > FEW:
