@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from agent.results import read_metric
     from agent.training import train
     from agent.view.foresight import foresee
+    from agent.view.what_if import what_if
 
 _HOMES = {
     "Agent": "agent.agent",
@@ -34,11 +35,12 @@ _HOMES = {
     "record": "agent.evaluation",
     "resolve": "agent.config",
     "train": "agent.training",
+    "what_if": "agent.view.what_if",
 }
 
 __all__ = [
     "Agent", "evaluate", "export", "foresee", "load", "make_core", "make_env", "read_metric", "record", "resolve",
-    "train",
+    "train", "what_if",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 Source: Hafner et al., "Mastering diverse control tasks through world models" (Nature, 2025).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Learner:
         This is done anew when the core takes another path through its code.
         """
         self.frozen_world_model = Frozen(self.world_model, self.dtype)
-        rssm, region = self.world_model.rssm, compiled if mode == "full" else as_it_is
+        rssm, region = self.world_model.rssm, partial(compiled if mode == "full" else as_it_is, device=self.device)
         self._know = region(self._known)
         self._chain = region(self.frozen_world_model.module.rssm.scan_step)
         self._batched = region(rssm.scan_step)

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="also list the kernels that take longest, on stderr")
     parser.add_argument("--plain", action="store_true", help="also time the update as one would first write it")
     parser.add_argument(
-        "--inductor", metavar="key=value", nargs="*", default=[], help="compiler settings, as combo_kernels=true"
+        "--inductor", metavar="key=value", nargs="*", default=[], help="compiler settings, as max_autotune=true"
     )
     parser.add_argument("--matrix", action="store_true", help="time a choice of configurations")
     parser.add_argument("--minutes", metavar="M", type=float, default=8, help="time for the whole matrix (8)")

@@ -16,6 +16,7 @@ def main() -> None:
             "python scripts/evaluate_agent.py --logdir runs/walker --episodes 10",
             "python scripts/evaluate_agent.py --logdir runs/walker --video walker.gif",
             "python scripts/evaluate_agent.py --logdir runs/walker --foresight",
+            "python scripts/evaluate_agent.py --logdir runs/walker --what-if",
         ],
         flags=("logdir", "device", "seed"),
     )
@@ -27,6 +28,11 @@ def main() -> None:
         "--foresight", action="store_true",
         help="tell, of as many episodes played one by one, what rewards the agent expects from their states 0, 1, ... "
         "steps ahead, beside what came",
+    )  # fmt: skip
+    parser.add_argument(
+        "--what-if", action="store_true",
+        help="tell, from states of as many episodes, how well the model knows what other actions would have brought: "
+        "they are played, and predicted",
     )  # fmt: skip
     arguments = parser.parse_args()
     if arguments.logdir is None:
@@ -48,4 +54,6 @@ def main() -> None:
         }
     if arguments.foresight:
         results["foresight"] = agent.foresee(player, arguments.episodes, seed)
+    if arguments.what_if:
+        results["what_if"] = agent.what_if(player, arguments.episodes, seed)
     print(json.dumps({"logdir": str(arguments.logdir), "episodes": arguments.episodes, **results}))
