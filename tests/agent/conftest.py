@@ -143,7 +143,7 @@ def make_replay() -> Make:
 def traced_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regions are traced, differentiated and decomposed as for compilation, but run operation by operation."""
 
-    def traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    def traced(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
         return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
 
     torch.compiler.reset()
