@@ -24,7 +24,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "core": {"metavar": "NAME", "help": "recurrent core, a file in configs/core/"},
     "size": {
         "metavar": "NAME",
-        "help": "1m wide 12m 25m 50m 100m 200m 400m debug, or auto: 12m on cuda and 1m on cpu",
+        "help": "1m wide 12m 25m 50m 100m 200m 400m debug, or auto: wide on cuda and 1m on cpu",
     },
     "steps": {"metavar": "N", "help": "length of training in environment frames, as 500000 or 5e5"},
     "seed": {"metavar": "N", "help": "seed of weights, environments, replay and actions"},

@@ -88,7 +88,7 @@ def resolve(
     news: list[str] = []
     if size_name == "auto":
         device_name = _device(_last("device", *below))
-        size_name = "12m" if device_name == "cuda" else "1m"
+        size_name = "wide" if device_name == "cuda" else "1m"
         news = [f"size: {size_name}, as auto chooses on {device_name}"]
     size_layer = (f"size {size_name}", read_yaml(config_file("size", size_name)))
     core_layer = (f"core {core_name}", _read_core(core_name, size_name))

@@ -161,10 +161,10 @@ def test_a_file_may_make_every_choice(tmp_path):
 @pytest.mark.parametrize(
     ("cuda", "device", "size"),
     [
-        (True, "auto", "12m"),
+        (True, "auto", "wide"),
         (False, "auto", "1m"),
         (True, "cpu", "1m"),
-        (True, "cuda", "12m"),
+        (True, "cuda", "wide"),
     ],
 )
 def test_auto_size_follows_the_device_and_says_so(cuda, device, size, monkeypatch):
