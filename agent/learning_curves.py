@@ -67,8 +67,8 @@ def draw(
 ) -> None:
     """The curves as a figure, one panel for each task; a setting has one colour in all of them.
 
-    Thin lines are runs. What is drawn of them and of published curves sets the limits: two seeds may have an interval
-    many times as wide.
+    Thin lines are runs. What is drawn of them and of published curves sets the limits: a few seeds may have an interval
+    many times as wide. Of two it would cover everything, so it is drawn from three on, and of two what is between them.
     """
     pyplot = load_pyplot()
     tasks = list(dict.fromkeys(setting.task for setting in settings))
@@ -114,12 +114,20 @@ def _draw_runs(axes: Any, setting: Setting, width: int, color: str) -> None:
 def _draw_mean(axes: Any, setting: Setting, width: int, color: str) -> None:
     curve, amount = setting.curve(width), len(setting.runs)
     edges, means = list(curve), [statistics.mean(values) for values in curve.values()]
-    told = f", mean and {100 * CONFIDENCE:g}% interval of {amount}" if amount > 1 else ""
+    spread = "range" if amount == 2 else f"{100 * CONFIDENCE:g}% interval"
+    told = f", mean and {spread} of {amount}" if amount > 1 else ""
     axes.plot(edges, means, color=color, lw=1.8, label=setting.name + told)
     if amount > 1:
-        halves = [interval(values) or 0.0 for values in curve.values()]
-        low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+        low, high = zip(*(_band(values, amount) for values in curve.values()), strict=True)
         axes.fill_between(edges, low, high, color=color, alpha=0.15, lw=0)
+
+
+def _band(values: Sequence[float], amount: int) -> tuple[float, float]:
+    """What is shaded about the mean of a bin, in which not all of `amount` runs need to be."""
+    if amount == 2:
+        return min(values), max(values)
+    mean, half = statistics.mean(values), interval(values) or 0.0
+    return mean - half, mean + half
 
 
 def _draw_published(axes: Any, curve: Published, last: int) -> None:
