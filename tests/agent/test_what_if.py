@@ -18,10 +18,12 @@ from test_resume import NEVER, small_config
 import agent as api
 from agent.agent import Agent
 from agent.errors import UserError
+from agent.spaces import action_from_gymnasium
 from agent.training import train
 from agent.view import what_if as module
 from agent.view.episode import Episode, cut, play_episode
 from agent.view.what_if import _compared, _played, _predicted, _vary, what_if
+from envs.actions import Hybrid
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate_agent.py"
 
@@ -52,6 +54,22 @@ def test_plans_are_the_actions_taken_but_for_some_random_ones(task: str) -> None
     for action in agent.action.decode(plans).flatten(0, 2).numpy():
         assert env.action_space.contains(action)
     assert torch.equal(plans, _vary(agent, episode, places, env, seed=5))
+
+
+@pytest.mark.parametrize(
+    "space", [gymnasium.spaces.MultiDiscrete([3, 4]), Hybrid(2, (3, 2))], ids=["several", "hybrid"]
+)
+def test_plans_are_actions_of_every_kind(space: gymnasium.Space[Any]) -> None:
+    agent, env = with_opinions("gru", 4), api.make_env(small_config(40, NEVER))
+    agent.action, env.action_space = action_from_gymnasium(space), space
+    episode = play_episode(with_opinions("gru", 4), 5, 20)
+    actions = torch.as_tensor(np.stack([space.sample() for _ in range(20)]))
+    episode = episode._replace(previous_action=agent.action.encode(actions))
+    plans = _vary(agent, episode, [0, 9], env, seed=5)
+    taken = taken_from(episode, [0, 9], 4).unsqueeze(1)
+    assert (plans != taken).any() and (plans == taken).all(-1).float().mean() > 0.5
+    for action in agent.action.decode(plans).flatten(0, 2).numpy():
+        assert space.contains(action)
 
 
 def test_what_was_done_brings_again_what_it_brought_and_nothing_after_the_end() -> None:
