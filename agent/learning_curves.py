@@ -118,11 +118,11 @@ def _draw_mean(axes: Any, setting: Setting, width: int, color: str) -> None:
     told = f", mean and {spread} of {amount}" if amount > 1 else ""
     axes.plot(edges, means, color=color, lw=1.8, label=setting.name + told)
     if amount > 1:
-        low, high = zip(*(_band(values, amount) for values in curve.values()), strict=True)
+        low, high = zip(*(band(values, amount) for values in curve.values()), strict=True)
         axes.fill_between(edges, low, high, color=color, alpha=0.15, lw=0)
 
 
-def _band(values: Sequence[float], amount: int) -> tuple[float, float]:
+def band(values: Sequence[float], amount: int) -> tuple[float, float]:
     """What is shaded about the mean of a bin, in which not all of `amount` runs need to be."""
     if amount == 2:
         return min(values), max(values)

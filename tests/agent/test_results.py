@@ -11,6 +11,7 @@ import pytest
 
 from agent.config import dump, resolve
 from agent.errors import UserError
+from agent.learning_curves import band
 from agent.published import normalised, read_published, read_scales
 from agent.results import bin_width, gather, read_metric, read_runs
 
@@ -122,6 +123,22 @@ def test_the_table_the_csv_and_the_figure(run_script: Run, tmp_path: Path, capsy
     assert expected in out
     assert f"| 2 tasks | gru debug | - | - | - | mean {(0.255 + 0.0355) / 2:.3f}, median" in out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("values", "amount", "low", "high"),
+    [
+        ([2.0, 8.0], 2, 2.0, 8.0),
+        ([3.0], 2, 3.0, 3.0),  # where one of two has ended
+        ([3.0], 5, 3.0, 3.0),
+        ([1.0, 2.0, 3.0], 3, 2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5),  # t for two degrees of freedom, deviation 1
+        ([1.0, 3.0], 3, 2 - 12.7062, 2 + 12.7062),
+    ],
+)
+def test_two_runs_are_shaded_between_them_and_more_by_their_interval(
+    values: list[float], amount: int, low: float, high: float
+) -> None:
+    assert band(values, amount) == pytest.approx((low, high), rel=1e-4)
 
 
 def test_a_run_without_the_metric_is_left_out(run_script: Run, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
