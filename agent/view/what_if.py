@@ -96,7 +96,7 @@ def _played(
         before = episode.reward[1 : place + 1].cpu()
         for other in range(PLANS):
             rewards = _rewards(agent, env, seed, [*way[1 : place + 1], *decoded[number, other]])
-            if not torch.allclose(rewards[:place], before, rtol=0, atol=SAME):
+            if len(rewards) < place or not torch.allclose(rewards[:place], before, rtol=0, atol=SAME):
                 raise UserError(
                     f"environment {agent.config.env.name!r} does not repeat itself from the same seed, so no state of "
                     "it can be reached twice"

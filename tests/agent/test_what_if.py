@@ -157,9 +157,27 @@ class Restless(gymnasium.RewardWrapper):
         return float(reward) + next(self.steps)
 
 
-def test_an_environment_that_does_not_repeat_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+class Brief(gymnasium.Wrapper):
+    """Ends after its third step."""
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """As the environment, but for its end."""
+        self.taken += 1
+        observation, reward, _, _, info = self.env.step(action)
+        return observation, reward, self.taken == 3, False, info
+
+    def reset(self, **given: Any) -> tuple[Any, dict[str, Any]]:
+        """As the environment."""
+        self.taken = 0
+        return self.env.reset(**given)
+
+
+@pytest.mark.parametrize("wrapper", [Restless, Brief])
+def test_an_environment_that_does_not_repeat_itself_is_refused(
+    wrapper: type[gymnasium.Wrapper], monkeypatch: pytest.MonkeyPatch
+) -> None:
     agent = with_opinions("gru", 4)
-    monkeypatch.setattr(module, "make_env", lambda config: Restless(api.make_env(config)))
+    monkeypatch.setattr(module, "make_env", lambda config: wrapper(api.make_env(config)))
     with pytest.raises(UserError, match="does not repeat itself"):
         what_if(agent, episodes=1)
 
