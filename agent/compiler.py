@@ -46,7 +46,7 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-def as_it_is(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function uncompiled."""
     return function
 

@@ -88,7 +88,8 @@ class Learner:
         This is done anew when the core takes another path through its code.
         """
         self.frozen_world_model = Frozen(self.world_model, self.dtype)
-        rssm, region = self.world_model.rssm, partial(compiled if mode == "full" else as_it_is, device=self.device)
+        rssm = self.world_model.rssm
+        region = partial(compiled, device=self.device) if mode == "full" else as_it_is
         self._know = region(self._known)
         self._chain = region(self.frozen_world_model.module.rssm.scan_step)
         self._batched = region(rssm.scan_step)

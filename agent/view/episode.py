@@ -2,11 +2,12 @@
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from agent.agent import Agent
 from agent.environment import make_env
@@ -46,6 +47,17 @@ def play_episode(agent: Agent, seed: int, longest: int | None) -> Episode:
         {key: torch.cat([step[key] for step in observations]) for key in agent.observations},
         torch.cat(actions[:-1]), torch.tensor(rewards, device=agent.device), first, torch.cat(codes),
     )  # fmt: skip
+
+
+def play_episodes(agent: Agent, amount: int, seed: int, shortest: int, doing: str) -> Iterator[tuple[int, Episode]]:
+    """Episodes of the seeds from `seed` on, each with its own; of `amount` played, those of at least `shortest` steps.
+
+    A bar called `doing` shows how far it is. Raises what `play_episode` does.
+    """
+    for number in tqdm(range(seed, seed + amount), desc=doing, unit="episode", disable=None):  # for a terminal
+        episode = play_episode(agent, number, longest=None)
+        if len(episode.reward) >= shortest:
+            yield number, episode
 
 
 @torch.no_grad()

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from agent.agent import Agent
 from agent.errors import UserError
-from agent.view.episode import Episode, cut, play_episode, spread
+from agent.view.episode import Episode, cut, play_episodes, spread
 from agent.view.open_loop import Sequences, predict
 from agent.world_model.world_model import Batch
 
@@ -44,10 +43,7 @@ def foresee(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
     length = agent.config.behavior.imagination_horizon + 1
     found: dict[str, list[Tensor]] = {"came": [], "predicted": [], "imagined": []}
     lost: list[Tensor] = []
-    for number in tqdm(range(seed, seed + episodes), desc="foresight", unit="episode", disable=None):  # for a terminal
-        episode = play_episode(agent, number, longest=None)
-        if len(episode.reward) < length:
-            continue
+    for number, episode in play_episodes(agent, episodes, seed, length, "foresight"):
         given = cut(agent, episode, spread(len(episode.reward), length, STARTS), length)
         found["came"].append(given.reward.cpu())
         lost.append(losses(agent, whole_of(agent, episode), torch.Generator().manual_seed(number)))

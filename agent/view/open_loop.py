@@ -54,24 +54,15 @@ def predict(agent: Agent, given: Sequences, context: int, generator: torch.Gener
             were taken.
     """
     model = agent.learner.frozen_world_model.module
-    rssm: RSSM = model.rssm
     amount, steps = given.first.shape
-    seen = {key: value[:, :context] for key, value in given.observation.items()}
-    token = model.encoder(seen, agent.dtype)
-    noise = torch.rand(steps, amount, rssm.groups, generator=generator).to(agent.device)
-    state, z = given.state, given.z
-    features: list[Tensor] = []
-    for t in range(steps):
-        action = given.previous_action[:, t]
-        if t < context:
-            latent, _ = rssm.observe_step(state, z, action, given.first[:, t], token[:, t], noise[t])
-        else:
-            if act:
-                action = agent.learner.frozen_actor.module(features[-1]).mode()
-            latent = rssm.imagine_step(state, z, action, noise[t], agent.dtype)
-        state, z = latent.state, latent.z
-        features.append(rssm.feature(latent, agent.dtype))
-    feature = torch.stack(features, 1)  # (B, T, F)
+    seen = given._replace(
+        observation={key: value[:, :context] for key, value in given.observation.items()},
+        previous_action=given.previous_action[:, :context],
+        reward=given.reward[:, :context],
+        first=given.first[:, :context],
+    )
+    noise = torch.rand(steps, amount, model.rssm.groups, generator=generator).to(agent.device)
+    feature = roll_out(agent, seen, given.previous_action[:, context:], noise, act)
     decoded = {key: _in_units(agent, key, value) for key, value in model.decoder(feature).items()}
     began = given.first.cpu()
     over = torch.cat([torch.zeros_like(began[:, :context]), began[:, context:]], 1).cumsum(1) > 0
@@ -80,6 +71,34 @@ def predict(agent: Agent, given: Sequences, context: int, generator: torch.Gener
         {key: value.cpu() for key, value in decoded.items()},
         given.reward.cpu(), model.reward.mean(model.reward(feature)).float().cpu(), ~over, context,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def roll_out(agent: Agent, seen: Sequences, actions: Tensor, noise: Tensor, act: bool = False) -> Tensor:
+    """Features (B, T + H, F) of T steps that are observed and of H more that are not.
+
+    Args:
+        agent: whose model it is.
+        seen: the observed steps, at least one.
+        actions: that lead to the others (B, H, A).
+        noise: of the model's samples, in [0, 1) (T + H, B, G).
+        act: let the policy choose the actions instead, its most likely ones.
+    """
+    model = agent.learner.frozen_world_model.module
+    rssm: RSSM = model.rssm
+    token, context = model.encoder(seen.observation, agent.dtype), seen.first.shape[1]
+    state, z = seen.state, seen.z
+    features: list[Tensor] = []
+    for t, uniform in enumerate(noise):
+        if t < context:
+            action = seen.previous_action[:, t]
+            latent, _ = rssm.observe_step(state, z, action, seen.first[:, t], token[:, t], uniform)
+        else:
+            action = agent.learner.frozen_actor.module(features[-1]).mode() if act else actions[:, t - context]
+            latent = rssm.imagine_step(state, z, action, uniform, agent.dtype)
+        state, z = latent.state, latent.z
+        features.append(rssm.feature(latent, agent.dtype))
+    return torch.stack(features, 1)
 
 
 def _in_units(agent: Agent, key: str, decoded: Tensor) -> Tensor:

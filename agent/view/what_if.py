@@ -12,13 +12,12 @@ import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from agent.agent import Agent
 from agent.environment import make_env
 from agent.errors import UserError
-from agent.view.episode import Episode, cut, play_episode, spread
-from agent.view.open_loop import Sequences
+from agent.view.episode import Episode, cut, play_episodes, spread
+from agent.view.open_loop import Sequences, roll_out
 from envs.errors import failing
 
 STATES = 8
@@ -55,15 +54,12 @@ def what_if(agent: Agent, episodes: int = 10, seed: int = 0) -> dict[str, Any]:
     """
     horizon = agent.config.behavior.imagination_horizon
     found: list[tuple[Tensor, Tensor]] = []
-    for number in tqdm(range(seed, seed + episodes), desc="what if", unit="episode", disable=None):  # for a terminal
-        episode = play_episode(agent, number, longest=None)
-        if len(episode.reward) <= horizon:
-            continue
-        with contextlib.closing(make_env(agent.config)) as env:
+    with contextlib.closing(make_env(agent.config)) as env:
+        for number, episode in play_episodes(agent, episodes, seed, horizon + 1, "what if"):
             places = spread(len(episode.reward), horizon + 1, STATES)
             plans = _vary(agent, episode, places, env, number)
             came = _played(agent, episode, places, plans, env, number)
-        found.append((came, _predicted(agent, cut(agent, episode, places, 1), plans, number)))
+            found.append((came, _predicted(agent, cut(agent, episode, places, 1), plans, number)))
     if not found:
         raise UserError(
             f"no episode is longer than the {horizon} steps of an imagined one; there is nothing to compare"
@@ -122,28 +118,29 @@ def _rewards(agent: Agent, env: gymnasium.Env[Any, Any], seed: int, actions: lis
 @torch.no_grad()
 def _predicted(agent: Agent, given: Sequences, plans: Tensor, seed: int) -> Tensor:
     """Rewards (S, P, M, H) that the model predicts, M times each, from sequences of one step (S, 1, ...) on."""
-    model = agent.learner.frozen_world_model.module
-    rssm, generator = model.rssm, torch.Generator().manual_seed(seed)
+    model, generator = agent.learner.frozen_world_model.module, torch.Generator().manual_seed(seed)
     states, horizon = plans.shape[0], plans.shape[2]
     copies = PLANS * SAMPLES
 
-    def noise(amount: int) -> Tensor:
-        return torch.rand(amount, rssm.groups, generator=generator).to(agent.device)
+    def each(x: Tensor) -> Tensor:
+        return x.repeat_interleave(copies, 0)
 
-    token = model.encoder(given.observation, agent.dtype)[:, 0]
-    latent, _ = rssm.observe_step(
-        given.state, given.z, given.previous_action[:, 0], given.first[:, 0], token, noise(states)
-    )
-    state = {key: value.repeat_interleave(copies, 0) for key, value in latent.state.items()}
-    z = latent.z.repeat_interleave(copies, 0)
+    def noise(amount: int) -> Tensor:
+        return torch.rand(amount, model.rssm.groups, generator=generator)
+
+    seen = Sequences(
+        {key: each(value) for key, value in given.observation.items()},
+        each(given.previous_action), each(given.reward), each(given.first),
+        {key: each(value) for key, value in given.state.items()}, each(given.z),
+    )  # fmt: skip
     actions = plans.flatten(0, 1).repeat_interleave(SAMPLES, 0)  # (S * P * M, H, A)
-    live, rewards = torch.ones(len(z), device=agent.device), []
-    for step in range(horizon):
-        imagined = rssm.imagine_step(state, z, actions[:, step], noise(len(z)), agent.dtype)
-        state, z, feature = imagined.state, imagined.z, rssm.feature(imagined, agent.dtype)
-        rewards.append(live * model.reward.mean(model.reward(feature)))
-        live = live * (model.continuation.probability(feature) / model.discount).clamp(max=1)
-    return torch.stack(rewards, -1).view(states, PLANS, SAMPLES, horizon).float().cpu()
+    # All predictions from a state begin with the same sample of it.
+    uniform = torch.stack([each(noise(states)), *(noise(states * copies) for _ in range(horizon))]).to(agent.device)
+    feature = roll_out(agent, seen, actions, uniform)[:, 1:]  # (S * P * M, H, F)
+    live = (model.continuation.probability(feature) / model.discount).clamp(max=1).cumprod(1)
+    before = torch.cat([torch.ones_like(live[:, :1]), live[:, :-1]], 1)
+    rewards = before * model.reward.mean(model.reward(feature))
+    return rewards.view(states, PLANS, SAMPLES, horizon).float().cpu()
 
 
 def _compared(came: Tensor, predicted: Tensor, steps: list[int]) -> dict[str, list[float]]:
