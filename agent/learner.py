@@ -157,12 +157,14 @@ class Learner:
         behavior = imagination_loss(
             self.behavior, self.frozen_critic.module, self.slow_critic, self.normalizer, imagined, config.behavior
         )
-        bootstrap = behavior.returns[0].view(batch.reward.shape)  # the return that starts at each real state
         losses |= behavior.losses
+        real, arrived, last, terminal = (
+            self._starts(steps).transpose(0, 1) for steps in (feature, batch.reward, batch.last, batch.terminal)
+        )
+        bootstrap = behavior.returns[0].view(len(feature), -1)  # the return that starts at each real state
         losses["replay_value"] = replay_value_loss(
-            self.behavior, self.slow_critic, feature.transpose(0, 1),
-            batch.reward.T, batch.last.T, batch.terminal.T, bootstrap.T, config.behavior,
-        )  # fmt: skip
+            self.behavior, self.slow_critic, real, arrived, last, terminal, bootstrap.T, config.behavior
+        )
         means = {name: loss.mean() for name, loss in losses.items()}
         total = torch.stack([getattr(config.loss, name) * mean for name, mean in means.items()]).sum()
         metrics = {f"loss/{name}": mean.detach() for name, mean in means.items()} | statistics | behavior.statistics
@@ -218,16 +220,16 @@ class Learner:
         )  # fmt: skip
 
     def _imagine(self, start: Latent) -> tuple[Tensor, Tensor]:
-        """Act in imagination from every state of a batch, (B, T, ...): H steps from N = B * T states.
+        """Act in imagination from the states of a batch, (B, T, ...): H steps from N = B * K, all or the last ones.
 
         Returns:
             Features (H + 1, N, F) and actions (H, N, A); gradients lead back to the actor where it learns through them.
         """
         horizon, rssm = self.config.behavior.imagination_horizon, self.frozen_world_model.module.rssm
-        state = {key: value.detach().flatten(0, 1) for key, value in start.state.items()}
+        state = {key: self._starts(value).detach().flatten(0, 1) for key, value in start.state.items()}
         if not self.through_model:
             state = rssm.core.for_imagination(state, self.dtype)
-        h, z = start.h.detach().flatten(0, 1), start.z.detach().flatten(0, 1)
+        h, z = (self._starts(value).detach().flatten(0, 1) for value in (start.h, start.z))
         action_noise = self.action.noise((horizon, h.shape[0]), self.device)
         uniform = torch.rand(horizon, h.shape[0], rssm.groups, device=self.device)
         features, actions = [], []
@@ -238,6 +240,10 @@ class Learner:
                 actions.append(action)
             features.append(rssm.feature(Latent(state, h, z), self.dtype))
             return torch.stack(features), torch.stack(actions)
+
+    def _starts(self, steps: Tensor) -> Tensor:
+        """Of what lies along the steps of a batch (B, T, ...) that at the steps from which is imagined, (B, K, ...)."""
+        return steps[:, -(self.config.behavior.imagination_starts or steps.shape[1]) :]
 
     def _judged(self, feature: Tensor, action: Tensor) -> Imagined:
         """Features (H + 1, N, F) and actions (H, N, A) with what the frozen model's heads say of them."""

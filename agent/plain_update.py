@@ -42,9 +42,10 @@ class PlainUpdate:
         posterior = self._observe(batch, part(context, "state"), context["z"])
         feature = learner.world_model.rssm.feature(posterior.latent, self.dtype)
         losses, _ = learner.world_model.losses(batch, posterior, feature)
-        features, actions = self._imagine(posterior.latent)
+        first = batch.first.shape[1] - (learner.config.behavior.imagination_starts or batch.first.shape[1])
+        features, actions = self._imagine(posterior.latent, first)
         returns = self._judge(features, actions, losses)
-        losses["replay_value"] = self._replay_value(batch, feature, returns[0].view(batch.reward.shape))
+        losses["replay_value"] = self._replay_value(batch, feature, returns[0].unflatten(0, (len(feature), -1)), first)
         return losses, posterior.latent
 
     def _observe(self, batch: Batch, state: Tensors, index: Tensor) -> Posterior:
@@ -66,11 +67,11 @@ class PlainUpdate:
         return Posterior(Latent(states, h, z), torch.stack(log_probs, 1))
 
     @torch.no_grad()
-    def _imagine(self, start: Latent) -> tuple[Tensor, Tensor]:
-        """H steps from each of N states: features (H + 1, N, F), actions (H, N, A)."""
+    def _imagine(self, start: Latent, first: int) -> tuple[Tensor, Tensor]:
+        """H steps from each of N states, those from step `first` on: features (H + 1, N, F), actions (H, N, A)."""
         learner, rssm = self.learner, self.learner.world_model.rssm
-        state = {key: value.flatten(0, 1) for key, value in start.state.items()}
-        h, z = start.h.flatten(0, 1), start.z.flatten(0, 1)
+        state = {key: value[:, first:].flatten(0, 1) for key, value in start.state.items()}
+        h, z = start.h[:, first:].flatten(0, 1), start.z[:, first:].flatten(0, 1)
         horizon = learner.config.behavior.imagination_horizon
         noise = learner.action.noise((horizon, h.shape[0]), h.device)
         uniform = torch.rand(horizon, h.shape[0], rssm.groups, device=h.device)
@@ -110,13 +111,13 @@ class PlainUpdate:
             logits, followed
         )
 
-    def _replay_value(self, batch: Batch, feature: Tensor, bootstrap: Tensor) -> Tensor:
-        """The critic on what happened: feature (B, T, F), bootstrap (B, T) -> (T - 1, B)."""
+    def _replay_value(self, batch: Batch, feature: Tensor, bootstrap: Tensor, first: int) -> Tensor:
+        """The critic on what happened from step `first` on: feature (B, T, F), bootstrap (B, K) -> (K - 1, B)."""
         config = self.learner.config.behavior
-        live = (~batch.terminal.T).float() * (1 - 1 / config.discount_horizon)
-        last = batch.last.T.float()
-        returns = _lambda_returns(batch.reward.T, live, bootstrap.T, last, config.return_lambda)
-        return (1 - last[:-1]) * self._critic_loss(feature.transpose(0, 1)[:-1], returns)
+        live = (~batch.terminal.T[first:]).float() * (1 - 1 / config.discount_horizon)
+        last = batch.last.T[first:].float()
+        returns = _lambda_returns(batch.reward.T[first:], live, bootstrap.T, last, config.return_lambda)
+        return (1 - last[:-1]) * self._critic_loss(feature.transpose(0, 1)[first:-1], returns)
 
     @torch.no_grad()
     def descend(self, gradients: list[Tensor]) -> None:

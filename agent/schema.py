@@ -116,6 +116,7 @@ class Behavior:
 
     gradient: Literal["reinforce", "dynamics"]
     imagination_horizon: PositiveInt
+    imagination_starts: Annotated[int, Field(ge=2)] | None
     discount_horizon: Annotated[float, Field(gt=1)]
     return_lambda: Share
     entropy: NonNegative
@@ -224,5 +225,10 @@ class Config:
             raise UserError(
                 f"replay.prefill: {self.replay.prefill} is not allowed; "
                 f"it should be at most replay.capacity, which is {self.replay.capacity}"
+            )
+        if (self.behavior.imagination_starts or 0) > self.train.batch_length:
+            raise UserError(
+                f"behavior.imagination_starts: {self.behavior.imagination_starts} is not allowed; "
+                f"it should be null, or at most train.batch_length, which is {self.train.batch_length}"
             )
         return self

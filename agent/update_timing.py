@@ -12,6 +12,7 @@ from torch.autograd import DeviceType
 import envs
 from agent import devices
 from agent.agent import Agent
+from agent.footprint import foretell, peak_on_gpu
 from agent.plain_update import PlainUpdate
 from agent.random_state import make_deterministic
 from agent.rehearsal import rehearsing
@@ -27,8 +28,9 @@ Row = dict[str, Any]
 
 
 def time_updates(
-    config: Config, started: float, amount: int, show: Callable[[str], None] | None = None, plain: bool = False
-) -> Row:
+    config: Config, started: float, amount: int, show: Callable[[str], None] | None = None, plain: bool = False,
+    turn: Callable[[], None] = lambda: None,
+) -> Row:  # fmt: skip
     """Measure the update of one configuration.
 
     Args:
@@ -37,18 +39,22 @@ def time_updates(
         amount: updates to time.
         show: given a table of the kernels in which an update spends most of its time.
         plain: time the update as one would first write it, eager and in fp32, too: `agent.plain_update`.
+        turn: called between warm-up and timing; it may wait until nothing else runs here.
 
     Returns:
         What ran (device, threads, parameters, ...); `first_update_s` and `steady_s`, from the start of the process to
         the end of the first and of the last warm-up update; `ms`, the median time of an update, with `ms_p10` and
         `ms_p90` over chunks of 10; `updates_per_s`; `peak_gib` of the GPU, or of the process on a CPU; on a GPU also
-        `kernels` an update and the share `busy` of the time in which one was running; if asked for, `plain_ms` and
+        `foretold_gib`, what a run would have said of that at its start, `kernels` an update, and the share `busy` of
+        the time in which one was running; if asked for, `plain_ms` and
         `times_plain`, how many times `ms` that is.
     """
     device = devices.choose(config.device)
     make_deterministic(config, device)  # as a run does: it decides on kernels, and under which name code is kept
     env = envs.make(config.env.name, action_repeat=config.env.action_repeat, options=config.env.options)
-    agent, replay = rehearsing(env.observation_space, env.action_space, config, device)
+    spaces = env.observation_space, env.action_space
+    footprint = foretell(*spaces, config, device, peak_on_gpu) if device.type == "cuda" else None
+    agent, replay = rehearsing(*spaces, config, device)
 
     def update() -> None:
         agent.update(replay.sample(config.train.batch_size))
@@ -58,6 +64,7 @@ def time_updates(
     for _ in range(WARM_UP):
         update()
     steady = _now(device, time.time) - started
+    turn()
     chunks = []
     for _ in range(max(2, amount // CHUNK)):
         before = _now(device)
@@ -75,6 +82,8 @@ def time_updates(
     }  # fmt: skip
     if device.type == "cuda":
         row |= _profiled(update, device)
+    if footprint is not None:
+        row["foretold_gib"] = (footprint.of(config.train.batch_size) + replay.nbytes) / 2**30
     if plain:
         row |= {"plain_ms": (slow := _plain_ms(agent, replay)), "times_plain": slow / median}
     return row | {"loss_dynamics": agent.take_metrics()["loss/dynamics"]}  # not finite: it was no real update
@@ -105,6 +114,7 @@ def _description(config: Config, agent: Agent, device: torch.device) -> Row:
         "core": config.core.name, "size": config.size, "posterior": config.rssm.posterior,
         "precision": "bf16" if agent.dtype == torch.bfloat16 else "fp32", "compile": agent.mode,
         "batch": config.train.batch_size, "length": config.train.batch_length,
+        "starts": config.behavior.imagination_starts or config.train.batch_length,
         "parameters": sum(agent.learner.parameter_counts().values()),
     }  # fmt: skip
 

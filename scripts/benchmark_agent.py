@@ -1,12 +1,15 @@
 """Time the update: from sampling replay to the optimizer's step, on rows of noise."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,13 @@ from agent.errors import UserError, writing  # noqa: E402
 
 Row = dict[str, Any]
 
+READY = "ready"
+
 COLUMNS = {
-    "core": "", "size": "", "posterior": "", "precision": "", "batch": "", "length": "", "cache": "", "ms": ".2f",
+    "core": "", "size": "", "posterior": "", "precision": "", "batch": "", "length": "", "starts": "", "cache": "",
+    "ms": ".2f",
     "ms_p10": ".2f", "ms_p90": ".2f", "updates_per_s": ".1f", "first_update_s": ".1f", "steady_s": ".1f",
-    "peak_gib": ".2f", "times_plain": ".1f", "kernels": ".0f", "busy": ".2f", "error": "",
+    "peak_gib": ".2f", "foretold_gib": ".2f", "times_plain": ".1f", "kernels": ".0f", "busy": ".2f", "error": "",
 }  # fmt: skip
 RECURRENT, OBSERVATION = "rssm.posterior=recurrent", "rssm.posterior=observation"
 # What is asked of every change first: each line is a core, a size and settings, and whether it is also timed with the
@@ -36,6 +42,17 @@ ON_CUDA: list[tuple[str, str, tuple[str, ...], bool]] = [
     ("gru", "12m", (OBSERVATION,), False),
     ("gru", "12m", (RECURRENT, "train.batch_length=128"), False),
     ("gru", "100m", (RECURRENT,), False),
+]
+# How the cost grows, and what is also asked of the cores; each line is timed with the compiler's cache filled.
+SCALING: list[tuple[str, str, tuple[str, ...]]] = [
+    *(("gru", size, (RECURRENT,)) for size in ("1m", "wide", "12m", "25m", "50m", "100m")),
+    *(("gru", "12m", (RECURRENT, f"train.batch_size={batch}")) for batch in (4, 64, 256)),
+    *(("gru", "12m", (RECURRENT, f"train.batch_length={length}")) for length in (16, 256)),
+    *(("gru", "12m", (RECURRENT, f"behavior.imagination_starts={starts}")) for starts in (4, 16)),
+    *((core, size, (OBSERVATION,)) for core in ("mlstm", "ortho_mlstm") for size in ("wide", "12m")),
+    *((core, "12m", (OBSERVATION, "behavior.imagination_starts=16")) for core in ("mlstm", "ortho_mlstm")),
+    ("mlstm", "12m", (OBSERVATION, "train.batch_size=64")),
+    ("mlstm", "100m", (OBSERVATION,)),
 ]
 ON_CPU: list[tuple[str, str, tuple[str, ...], bool]] = [
     ("gru", "1m", (RECURRENT, "precision=fp32"), False),
@@ -54,10 +71,12 @@ def main() -> None:
         "Time the agent's update: milliseconds (median, 10th and 90th percentile over chunks of 10), seconds from the "
         "start of the process to the first update, peak memory, and on a GPU the kernels of an update and the share "
         "of the time in which one runs. One configuration, printed as JSON; or with --matrix a choice of cores, sizes, "
-        "posteriors, precisions, batches and lengths, each in its own process and first with an empty compiler cache.",
+        "posteriors, precisions, batches and lengths, each in its own process and first with an empty compiler cache; "
+        "or with --scaling another, for which all compile side by side before each is timed alone.",
         [
             "python scripts/benchmark_agent.py --env dmc_walker --size 12m --updates 300",
             "python scripts/benchmark_agent.py --env dmc_walker --matrix --minutes 8 --out speed.json",
+            "python scripts/benchmark_agent.py --env dmc_walker --scaling --minutes 9 --out scaling.json",
         ],
         flags=("env", "core", "size", "device", "config", "set"),
     )
@@ -69,14 +88,18 @@ def main() -> None:
         "--inductor", metavar="key=value", nargs="*", default=[], help="compiler settings, as max_autotune=true"
     )
     parser.add_argument("--matrix", action="store_true", help="time a choice of configurations")
-    parser.add_argument("--minutes", metavar="M", type=float, default=8, help="time for the whole matrix (8)")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="also write the matrix as JSON, after every line")
+    parser.add_argument(
+        "--scaling", action="store_true", help="time others, as size, batch, length and starts of imagination grow"
+    )
+    parser.add_argument("--minutes", metavar="M", type=float, default=8, help="time for all of them (8)")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="also write them as JSON, after every line")
+    parser.add_argument("--in-turn", action="store_true", help=SUPPRESS)  # a child of --scaling: waits before it times
     arguments = parser.parse_args()
     _check(arguments)
     news: list[str] = []
     config = config_from_arguments(arguments, news.append)
     inductor = _inductor_settings(arguments.inductor)
-    if arguments.matrix:
+    if arguments.matrix or arguments.scaling:
         import envs
 
         env = config.env
@@ -97,7 +120,14 @@ def main() -> None:
     for key, value in inductor.items():
         setattr(torch._inductor.config, key, value)
     show = (lambda text: print(text, file=sys.stderr)) if arguments.kernels else None
-    print(json.dumps(time_updates(config, STARTED, arguments.updates, show, arguments.plain)))
+    turn = _wait_for_turn if arguments.in_turn else lambda: None
+    print(json.dumps(time_updates(config, STARTED, arguments.updates, show, arguments.plain, turn)))
+
+
+def _wait_for_turn() -> None:
+    """Tell the parent that all is compiled, and wait for its word."""
+    print(READY, flush=True)
+    sys.stdin.readline()
 
 
 def _check(arguments: Any) -> None:
@@ -106,8 +136,10 @@ def _check(arguments: Any) -> None:
         value = getattr(arguments, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: give {least} or more")
-    if arguments.out and not arguments.matrix:
-        raise UserError(f"--out {arguments.out} is for --matrix; one configuration is printed on stdout")
+    if arguments.matrix and arguments.scaling:
+        raise UserError("--matrix and --scaling are two choices of configurations; leave out one of them")
+    if arguments.out and not (arguments.matrix or arguments.scaling):
+        raise UserError(f"--out {arguments.out} is for --matrix and --scaling; one configuration is printed on stdout")
     if arguments.out and (arguments.out.is_dir() or not arguments.out.parent.is_dir()):
         raise UserError(f"--out {arguments.out}: give a file in a folder that exists")
 
@@ -132,7 +164,11 @@ def _time_matrix(arguments: Any) -> None:
     rows: list[Row] = []
     print("  ".join(COLUMNS))
     deadline = STARTED + 60 * arguments.minutes
-    for row in _rows(ON_CUDA if cuda else ON_CPU, arguments, deadline):
+    if arguments.scaling:
+        timed = _rows_in_turn(SCALING, arguments, deadline)
+    else:
+        timed = _rows(ON_CUDA if cuda else ON_CPU, arguments, deadline)
+    for row in timed:
         rows.append(row)
         print("  ".join(_cell(row, column).rjust(len(column)) for column in COLUMNS), flush=True)
         if arguments.out:
@@ -152,23 +188,72 @@ def _rows(cases: Sequence[tuple[str, str, tuple[str, ...], bool]], arguments: An
 def _in_its_own_process(
     core: str, size: str, settings: Sequence[str], cache: str, arguments: Any, seconds: float
 ) -> Row:  # fmt: skip
+    if seconds <= 0:
+        return {"error": "no time left"}
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
+    command = _command(core, size, settings, arguments)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": "out of time"}
+    return _row(done.returncode, done.stdout, done.stderr)
+
+
+def _rows_in_turn(
+    cases: Sequence[tuple[str, str, tuple[str, ...]]], arguments: Any, deadline: float
+) -> Iterator[Row]:  # fmt: skip
+    """Time cases one after the other, while those that have compiled wait and hold their memory."""
+    share = max(1, (os.cpu_count() or 1) // len(cases))
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(share)}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    with contextlib.ExitStack() as stack:
+        children = []
+        for case in cases:
+            errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+            child = subprocess.Popen([*_command(*case, arguments), "--in-turn"], stderr=errors, **pipes)
+            stack.callback(child.kill)
+            children.append((case, child, errors))
+        _wait_until_ready([child for _, child, _ in children], deadline)
+        for (core, size, settings), child, errors in children:
+            asked = {"core": core, "size": size, "settings": list(settings)}
+            try:
+                output, _ = child.communicate("go\n", timeout=max(1, deadline - time.time()))
+            except subprocess.TimeoutExpired:
+                yield asked | {"error": "out of time"}
+                continue
+            errors.seek(0)
+            yield asked | _row(child.returncode, output, errors.read())
+
+
+def _wait_until_ready(children: Sequence[subprocess.Popen[str]], deadline: float) -> None:
+    """Wait until every child has told that it is ready, or has ended; at the deadline end those that have not."""
+    with ThreadPoolExecutor(len(children)) as pool:
+        told = [pool.submit(child.stdout.readline) for child in children if child.stdout]
+        try:
+            for amount, _ in enumerate(as_completed(told, max(1, deadline - time.time())), 1):
+                print(f"{amount} of {len(children)} have compiled ...", end="\r", file=sys.stderr, flush=True)
+        except TimeoutError:
+            for child, answer in zip(children, told, strict=True):
+                if not answer.done():
+                    child.kill()
+
+
+def _command(core: str, size: str, settings: Sequence[str], arguments: Any) -> list[str]:
+    """What times one configuration."""
     flags = {"env": arguments.env, "core": core, "size": size, "device": arguments.device, "config": arguments.config}
     command = [sys.executable, __file__, "--updates", str(arguments.updates)]
     for flag, value in flags.items():
         command += [] if value is None else [f"--{flag}", str(value)]
     command += ["--plain"] if arguments.plain else []
     command += [] if arguments.threads is None else ["--threads", str(arguments.threads)]
-    command += ["--set", *arguments.set, *settings, "--inductor", *arguments.inductor]
-    if seconds <= 0:
-        return {"error": "no time left"}
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"error": "out of time"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return [*command, "--set", *arguments.set, *settings, "--inductor", *arguments.inductor]
+
+
+def _row(status: int, output: str, errors: str) -> Row:
+    """What a process that timed one configuration printed, or why it did not."""
+    if status:
+        return {"error": (errors.strip().splitlines() or ["no message"])[-1]}
+    row: Row = json.loads(output.splitlines()[-1])
     return row
 
 

@@ -249,6 +249,7 @@ BENCHMARKS = [
     Bad("benchmark_agent", f"{AGENT} --matrix --out {{here}}/none/a.json", ("--out", "none/a.json")),
     Bad("benchmark_agent", f"{AGENT} --matrix --env dmc_walkr", ("dmc_walkr", "dmc_walker")),
     Bad("benchmark_agent", f"{AGENT} --out {{here}}/a.json", ("--out", "--matrix")),
+    Bad("benchmark_agent", f"{AGENT} --matrix --scaling", ("--matrix", "--scaling")),
     Bad("benchmark_agent", f"{AGENT} --device cuda", ("cuda", "--device cpu")),
     Bad("benchmark_cores", f"{CORES} --cores grru", ("core.name", "grru", "gru")),
     Bad("benchmark_cores", f"{CORES} --size 13m", ("size", "13m")),

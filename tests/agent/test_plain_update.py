@@ -21,6 +21,7 @@ CASES = [
     pytest.param("mlstm", CONTINUOUS, "rssm.posterior=observation", id="mlstm"),
     pytest.param("mlstm", DISCRETE, "rssm.posterior=recurrent", id="mlstm, recurrent"),
     pytest.param("ortho_mlstm", DISCRETE, "rssm.read_after_observation=true", id="ortho_mlstm, read twice"),
+    pytest.param("mlstm", CONTINUOUS, "behavior.imagination_starts=3", id="mlstm, from the last three states"),
     pytest.param("attention", CONTINUOUS, "rssm.posterior=observation", id="attention"),
 ]
 
