@@ -1,4 +1,4 @@
-"""How much of a GPU's memory an update will take, foretold before a run starts from two small ones."""
+"""How much of a GPU's memory a run will take, foretold before it starts from an update or two on noise."""
 
 import copy
 import dataclasses
@@ -12,21 +12,38 @@ from gymnasium import spaces
 from agent.rehearsal import rehearsing
 from agent.schema import Config
 
-FEW = 4
-"""Sequences in the smaller of two batches; the other has twice as many."""
+MOST = 32
+"""Sequences of the largest batch that is tried; what more of them take follows from this one and one of half of them.
+
+With fewer the peak would lie elsewhere: where gradients of all weights meet the optimizer, which no sequence adds to.
+"""
+CAPTURE_SHARE, CAPTURE_BYTES = 0.05, 100 * 2**20
+"""What capturing adds to the memory of an update that runs as it is: a graph's pool is not as well filled, and each
+stream has a workspace for products of its own. Found for five cores, sizes 1m to 400m, batches of 16 to 256 on an H100
+(docs/speed.md); without it all were foretold too low, with it none is off by more than 9 %."""
 
 Update = Callable[[], None]
 
 
-class Footprint(NamedTuple):
-    """What an update takes at its peak, in bytes: an affine function of its number of sequences."""
+class Peak(NamedTuple):
+    """What an update takes of memory when it takes most, weights and optimizer included, in bytes."""
 
-    fixed: int  # weights, their twins, gradients, optimizer, and what libraries keep to work with
-    sequence: int  # what one sequence adds: its activations, and those of what is imagined from it
+    used: int  # by tensors
+    held: int  # by the allocator, which cannot fill all that it holds
 
-    def of(self, batch: int) -> int:
-        """Bytes at the peak of an update from `batch` sequences."""
-        return self.fixed + batch * self.sequence
+    def without(self, amount: int) -> "Peak":
+        """Less something of which all is used."""
+        return Peak(self.used - amount, self.held - amount)
+
+
+def foretold_on_gpu(
+    observations: spaces.Space[Any], action: spaces.Space[Any], config: Config, device: torch.device, ranks: int = 1
+) -> int | None:
+    """`foretell` for one of so many ranks, if `device` is a GPU."""
+    if device.type != "cuda":
+        return None
+    train = dataclasses.replace(config.train, batch_size=config.train.batch_size // ranks)
+    return foretell(observations, action, dataclasses.replace(config, train=train), device, peak_on_gpu)
 
 
 def foretell(
@@ -34,47 +51,55 @@ def foretell(
     action: spaces.Space[Any],
     config: Config,
     device: torch.device,
-    peak: Callable[[Update], int],
-) -> Footprint:
-    """Measure uncompiled updates of `FEW` sequences of noise and of twice as many, of an agent that is then dropped.
+    peak: Callable[[Update], Peak],
+) -> int:
+    """Bytes that the update will take while it runs uncompiled and captured, as a run begins; compiled it takes less.
 
-    An uncompiled update, and the graph that captures it, takes more than a compiled one; it is what a run begins with.
-    What was drawn from torch's generators is undone, so that a run is the same with this and without.
+    Weights, optimizer and activations of an agent that learns from noise and is then dropped are measured. What was
+    drawn from torch's generators is undone, so that a run is the same with this and without.
 
     Args:
         observations: as of `Agent`.
         action: as of `Agent`.
         config: the resolved configuration.
         device: where the run will be.
-        peak: calls an update and tells the most bytes that were allocated at once meanwhile, earlier ones included.
+        peak: calls an update and tells what was taken meanwhile.
     """
+    batch = config.train.batch_size
     config = dataclasses.replace(config, compile="eager")
-    generators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=generators):
-        few, twice = (_peak(observations, action, config, device, batch, peak) for batch in (FEW, 2 * FEW))
-    return Footprint(few - (twice - few), (twice - few) // FEW)
+
+    def measured(few: int) -> Peak:
+        try:
+            # Spaces draw noise as well, and an environment may own them.
+            return _peak(copy.deepcopy(observations), copy.deepcopy(action), config, device, few, peak)
+        finally:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        found = measured(min(batch, MOST))
+        used = found.used
+        if batch > MOST:
+            each = (found.used - measured(MOST // 2).used) / (MOST - MOST // 2)
+            used += round(each * (batch - MOST))
+    return round(used * (found.held / found.used) * (1 + CAPTURE_SHARE)) + CAPTURE_BYTES
 
 
 def _peak(
     observations: spaces.Space[Any], action: spaces.Space[Any], config: Config, device: torch.device, batch: int,
-    peak: Callable[[Update], int],
-) -> int:  # fmt: skip
-    """Bytes at the peak of an update of so many sequences, without replay."""
-    # Spaces draw noise as well, and an environment may own them.
-    agent, replay = rehearsing(copy.deepcopy(observations), copy.deepcopy(action), config, device)
+    peak: Callable[[Update], Peak],
+) -> Peak:  # fmt: skip
+    """The peak of an update of `batch` sequences, without replay."""
+    agent, replay = rehearsing(observations, action, config, device)
     agent.update(replay.sample(batch))  # libraries set themselves up, and the agent what it keeps
-    found = peak(lambda: agent.update(replay.sample(batch))) - replay.nbytes
-    del agent, replay
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return found
+    return peak(lambda: agent.update(replay.sample(batch))).without(replay.nbytes)
 
 
-def peak_on_gpu(update: Update) -> int:
-    """Bytes that torch's allocator had given out at the peak of `update`, on the current GPU."""
+def peak_on_gpu(update: Update) -> Peak:
+    """What torch's allocator gave out and held at the peak of `update`, on the current GPU."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     update()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return Peak(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())

@@ -28,8 +28,19 @@ def planned_updates(config: Config) -> int:
     return max(0, int(agent_steps * train.ratio / (train.batch_size * train.batch_length)))
 
 
-def introduce(config: Config, logdir: Path, agent: Agent, replay: Replay, note: str | None) -> list[str]:
-    """The lines that a run begins with; `note` is what its environment has to say."""
+def introduce(
+    config: Config, logdir: Path, agent: Agent, replay: Replay, foretold: int | None, note: str | None
+) -> list[str]:  # fmt: skip
+    """The lines that a run begins with.
+
+    Args:
+        config: the resolved configuration.
+        logdir: where the run is kept.
+        agent: that will learn.
+        replay: that it learns from.
+        foretold: bytes of the GPU's memory that updates will take, from `agent.footprint`; None on a CPU.
+        note: what the environment has to say.
+    """
     counts = agent.learner.parameter_counts()
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     device = (
@@ -47,6 +58,7 @@ def introduce(config: Config, logdir: Path, agent: Agent, replay: Replay, note: 
         f"parameters  {sum(counts.values()):,}: {parts}",
         f"core        {_about_core(config, agent)}",
         f"replay      {_about_replay(agent, replay)}",
+        *([] if foretold is None else [f"memory      {_about_memory(foretold, agent, replay)}"]),
         f"limits      {_about_limits(config, logdir, agent, replay)}",
         f"plan        {config.steps:,} frames from {env.amount} environments, {planned_updates(config):,} updates "
         f"of {train.batch_size} x {train.batch_length} steps, the first after {first:,} frames",
@@ -84,6 +96,18 @@ def _about_replay(agent: Agent, replay: Replay) -> str:
         f"{held:,} steps, {everything:.2f} GiB on {replay.device.type}{reason}, "
         f"of which {images}{states:.2f} GiB states {kept}"
     )
+
+
+def _about_memory(foretold: int, agent: Agent, replay: Replay) -> str:
+    """What is left is what the GPU has free now and what this process holds already, as agent and replay do."""
+    here = replay.nbytes if replay.device == agent.device else 0
+    free, whole = torch.cuda.mem_get_info(agent.device)
+    left = free + torch.cuda.memory_reserved(agent.device)
+    text = (
+        f"about {(foretold + here) / 2**30:.2f} GiB of the GPU's {whole / 2**30:.1f}: {here / 2**30:.2f} replay, the"
+        " rest weights, optimizer and an update at its peak while uncompiled; compiled it takes less"
+    )
+    return text + (f"; NOT ENOUGH: {left / 2**30:.2f} GiB are free" if left < foretold + here else "")
 
 
 def checkpoint_bytes(keep: int, agent: Agent, replay: Replay) -> int:

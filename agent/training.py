@@ -22,6 +22,7 @@ from agent.arrays import as_arrays, as_tensors, tensors
 from agent.dealing import deal, parts
 from agent.distributed import Ranks, meeting
 from agent.errors import UserError
+from agent.footprint import foretold_on_gpu
 from agent.incidents import Incidents, tell_broken
 from agent.introduction import Foretelling, introduce, planned_updates
 from agent.logging import LiveLine, MetricsLogger, NoLogger, memory, tensorboard_writer
@@ -54,7 +55,7 @@ def train(config: Config, logdir: str | Path | None = None, news: Sequence[str] 
 
     Raises:
         UserError: `logdir` holds a run of another configuration, or something of `config` cannot be done here; the
-            disk is full; or too many updates in a row had a number that is not finite.
+            disk or the GPU's memory is full; or too many updates in a row had a number that is not finite.
     """
     started = time.monotonic()
     device = devices.choose(config.device)
@@ -69,7 +70,15 @@ def train(config: Config, logdir: str | Path | None = None, news: Sequence[str] 
         run.news = news
         notify = tell if ranks.leads else lambda line: None
         # No name here for what was found: its tensors are mapped from files, which must not outlive their use.
-        run.go(logdirs.find_checkpoint(config, logdir, notify))
+        try:
+            run.go(logdirs.find_checkpoint(config, logdir, notify))
+        except torch.OutOfMemoryError:
+            train = config.train
+            at = f"train.batch_size, now {train.batch_size}, or train.batch_length, now {train.batch_length}"
+            raise UserError(
+                f"device: the GPU's memory does not hold this run; lower {at}, choose a smaller --size, or keep replay"
+                " elsewhere with --set replay.device=cpu"
+            ) from None
     return logdir
 
 
@@ -145,6 +154,7 @@ class Run:
         if self.compiles_ahead:
             config = dataclasses.replace(config, compile="ahead")  # which `auto` may stand for
             self.ahead = compile_ahead.CompilingAhead(*spaces, config, self.device)
+        self.foretold = foretold_on_gpu(*spaces, config, self.device, self.ranks.size)
         self.agent = Agent(*spaces, config, self.device, self.ranks)
         self.replay = self._make_replay()
         self.agent.attach(self.replay)
@@ -427,7 +437,8 @@ class Run:
 
     def _introduce(self, found: tuple[Path, dict[str, Any]] | None) -> None:
         assert self.streams is not None
-        lines = [*self.news, *introduce(self.config, self.logdir, self.agent, self.replay, self.streams.note)]
+        given = self.config, self.logdir, self.agent, self.replay
+        lines = [*self.news, *introduce(*given, self.foretold, self.streams.note)]
         if found:
             path, saved = found
             lines.append(f"resumed     {path.name}: {self.frames:,} frames, {self.agent.updates:,} updates")

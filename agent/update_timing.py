@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 import envs
 from agent import devices
 from agent.agent import Agent
-from agent.footprint import foretell, peak_on_gpu
+from agent.footprint import foretold_on_gpu
 from agent.plain_update import PlainUpdate
 from agent.random_state import make_deterministic
 from agent.rehearsal import rehearsing
@@ -53,7 +53,7 @@ def time_updates(
     make_deterministic(config, device)  # as a run does: it decides on kernels, and under which name code is kept
     env = envs.make(config.env.name, action_repeat=config.env.action_repeat, options=config.env.options)
     spaces = env.observation_space, env.action_space
-    footprint = foretell(*spaces, config, device, peak_on_gpu) if device.type == "cuda" else None
+    foretold = foretold_on_gpu(*spaces, config, device)
     agent, replay = rehearsing(*spaces, config, device)
 
     def update() -> None:
@@ -82,8 +82,8 @@ def time_updates(
     }  # fmt: skip
     if device.type == "cuda":
         row |= _profiled(update, device)
-    if footprint is not None:
-        row["foretold_gib"] = (footprint.of(config.train.batch_size) + replay.nbytes) / 2**30
+    if foretold is not None:
+        row["foretold_gib"] = (foretold + replay.nbytes) / 2**30
     if plain:
         row |= {"plain_ms": (slow := _plain_ms(agent, replay)), "times_plain": slow / median}
     return row | {"loss_dynamics": agent.take_metrics()["loss/dynamics"]}  # not finite: it was no real update

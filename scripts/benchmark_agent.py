@@ -22,6 +22,8 @@ from agent.errors import UserError, writing  # noqa: E402
 Row = dict[str, Any]
 
 READY = "ready"
+COMPILING = 0.6
+"""The share of the time for --scaling in which all must have compiled; the rest is for timing them."""
 
 COLUMNS = {
     "core": "", "size": "", "posterior": "", "precision": "", "batch": "", "length": "", "starts": "", "cache": "",
@@ -213,7 +215,8 @@ def _rows_in_turn(
             child = subprocess.Popen([*_command(*case, arguments), "--in-turn"], stderr=errors, **pipes)
             stack.callback(child.kill)
             children.append((case, child, errors))
-        _wait_until_ready([child for _, child, _ in children], deadline)
+        now = time.time()
+        _wait_until_ready([child for _, child, _ in children], now + COMPILING * (deadline - now))
         for (core, size, settings), child, errors in children:
             asked = {"core": core, "size": size, "settings": list(settings)}
             try:

@@ -15,6 +15,7 @@ import torch
 import agent
 from agent import checkpoint, training
 from agent import config as configuration
+from agent.agent import Agent
 from agent.errors import UserError
 from agent.schema import Config
 from agent.training import train
@@ -157,6 +158,17 @@ def test_an_environment_that_breaks_too_often_is_named_and_what_was_learned_is_k
     saved = checkpoint.load(checkpoint.latest(tmp_path / "checkpoints"))  # type: ignore[arg-type]
     assert saved["rows"] == 33
     assert saved["agent"]["updates"] > 0
+
+
+def test_a_gpu_whose_memory_is_full_is_a_mistake_that_says_what_to_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Agent, index: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Agent, "update", full)
+    with pytest.raises(UserError, match=r"memory .* lower train.batch_size, now \d+, .* replay.device=cpu$"):
+        train(small_config(400), tmp_path)
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"settings": [*SMALL, "optimizer.lr=1e-5"]}])
