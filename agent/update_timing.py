@@ -54,6 +54,8 @@ def time_updates(
     env = envs.make(config.env.name, action_repeat=config.env.action_repeat, options=config.env.options)
     spaces = env.observation_space, env.action_space
     foretold = foretold_on_gpu(*spaces, config, device)
+    if foretold is not None:
+        torch.cuda.reset_peak_memory_stats(device)  # of what foretelling took
     agent, replay = rehearsing(*spaces, config, device)
 
     def update() -> None:
