@@ -20,7 +20,7 @@ With fewer the peak would lie elsewhere: where gradients of all weights meet the
 CAPTURE_SHARE, CAPTURE_BYTES = 0.05, 100 * 2**20
 """What capturing adds to the memory of an update that runs as it is: a graph's pool is not as well filled, and each
 stream has a workspace for products of its own. Found for five cores, sizes 1m to 400m, batches of 16 to 256 on an H100
-(docs/speed.md); without it all were foretold too low, with it none is off by more than 9 %."""
+(docs/speed.md); without it all were foretold too low, with it none is off by more than 11 %."""
 
 Update = Callable[[], None]
 
