@@ -80,6 +80,8 @@ class Agent:
             torch.cuda.synchronize(self.device)  # the graph that is dropped may still run
         self.mode = mode
         self._prepare()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what a graph of single kernels took, a compiled one does not need
 
     def _prepare(self) -> None:
         """Twin of the world model, compiled regions, captured graphs: what is made anew when its code path changes."""

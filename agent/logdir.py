@@ -96,9 +96,11 @@ def claim(config: Config, logdir: Path) -> None:
         raise UserError(f"{logdir} cannot be written ({error.strerror}); give another --logdir") from error
 
 
-def new_logdir(config: Config) -> Path:
-    """A folder under `runs/` that does not exist yet, named after what is trained."""
-    name = f"{config.env.name}-{config.core.name}-{config.size}-seed{config.seed}".replace("/", "_")
+def new_logdir(*configs: Config) -> Path:
+    """A folder under `runs/` that does not exist yet, named after what the configurations have in common."""
+    named = [(config.env.name, config.core.name, config.size, f"seed{config.seed}") for config in configs]
+    common = [values[0] for values in zip(*named, strict=True) if len(set(values)) == 1]
+    name = "-".join(common or ["several"]).replace("/", "_")
     for number in itertools.count(1):
         path = Path("runs") / f"{name}-{number}"
         if not os.path.lexists(path):

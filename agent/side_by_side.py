@@ -17,6 +17,8 @@ from agent.errors import UserError
 from agent.writing import write_text
 
 POLL_SECONDS = 0.3
+NAMES_WIDTH = 40
+"""Characters for the names of runs before the bar; if they take more, their number stands there."""
 
 
 class Job(NamedTuple):
@@ -117,7 +119,8 @@ class SideBySide:
             frames = frames_so_far(job.logdir)
             self.bar.update(frames - self.frames[name])
             self.frames[name] = frames
-        self.bar.set_description(", ".join(self.running), refresh=False)
+        names = ", ".join(self.running)
+        self.bar.set_description(names if len(names) <= NAMES_WIDTH else f"{len(self.running)} runs", refresh=False)
 
     def _stop(self) -> NoReturn:
         """End the program as the signal asks for."""

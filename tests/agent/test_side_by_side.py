@@ -1,5 +1,6 @@
 """Processes side by side: order, how many at once, what a failure or a signal does to the others; seeds of a run."""
 
+import itertools
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from agent.errors import UserError
+from agent.logdir import new_logdir
+from agent.schema import Config
 from agent.side_by_side import Job, SideBySide, frames_so_far, last_words
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +109,48 @@ def test_a_signal_reaches_every_run_and_none_begins_after_it(
     assert "the same command goes on" in capsys.readouterr().err
     assert (tmp_path / "a/saved").exists() and (tmp_path / "b/saved").exists() and not (tmp_path / "c").exists()
     assert signal.getsignal(number) is before
+
+
+def test_several_values_of_flags_are_a_run_of_each_combination(
+    run_script: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Config] = {}
+    monkeypatch.setattr("agent.several.train_several", lambda configs, out, parallel: found.update(configs))
+    envs, cores = ["gym_CartPole-v1", "gym_package.module:A/B-v0"], ["gru", "mlstm"]
+    words = ["--env", ",".join(envs), "--core", ",".join(cores), "--size", "debug", "--seeds", "3,4"]
+    assert run_script(*words, "--logdir", str(tmp_path), "--set", "train.ratio=7") == 0
+    assert len(found) == 8
+    for env, core, seed in itertools.product(envs, cores, (3, 4)):
+        config = found[f"{env.replace('/', '_')}-{core}-seed{seed}"]
+        assert (config.env.name, config.core.name, config.seed) == (env, core, seed)
+        assert (config.size, config.train.ratio) == ("debug", 7)
+    found.clear()
+    assert run_script("--env", envs[0], "--core", "gru,mlstm", "--seed", "5", "--size", "debug") == 0
+    assert {name: (config.core.name, config.seed) for name, config in found.items()} == {
+        "gru": ("gru", 5),
+        "mlstm": ("mlstm", 5),
+    }
+
+
+def test_a_new_folder_is_named_after_what_its_runs_have_in_common(
+    debug_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gru, mlstm = debug_config(), debug_config(core="mlstm")
+    assert new_logdir(gru) == Path("runs/gym_CartPole-v1-gru-debug-seed0-1")
+    assert new_logdir(gru, mlstm) == Path("runs/gym_CartPole-v1-debug-seed0-1")
+    Path("runs/gym_CartPole-v1-debug-seed0-1").mkdir(parents=True)
+    assert new_logdir(gru, mlstm) == Path("runs/gym_CartPole-v1-debug-seed0-2")
+
+
+def test_many_names_before_the_bar_are_counted(tmp_path: Path) -> None:
+    with SideBySide([job(tmp_path, "a" * 30), job(tmp_path, "b" * 30)], 2, on_cpu=False) as runs:
+        runs._start(runs.waiting.pop(0))
+        runs._show()
+        assert runs.bar.desc == "a" * 30 + ": "
+        runs._start(runs.waiting.pop(0))
+        runs._show()
+        assert runs.bar.desc == "2 runs: "
 
 
 def test_each_seed_is_the_run_that_it_would_be_alone(
