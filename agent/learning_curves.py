@@ -2,6 +2,7 @@
 
 import csv
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from agent.probe.figure import load_pyplot
 from agent.probe.report import markdown
 from agent.published import Published, normalised
 from agent.results import RETURN, Setting
+
+LABEL_WIDTH = 44
+"""Characters in a line of the legend, which else would be wider than its panel."""
 
 
 def table(
@@ -116,10 +120,15 @@ def _draw_mean(axes: Any, setting: Setting, width: int, color: str) -> None:
     edges, means = list(curve), [statistics.mean(values) for values in curve.values()]
     spread = "range" if amount == 2 else f"{100 * CONFIDENCE:g}% interval"
     told = f", mean and {spread} of {amount}" if amount > 1 else ""
-    axes.plot(edges, means, color=color, lw=1.8, label=setting.name + told)
+    axes.plot(edges, means, color=color, lw=1.8, label=in_lines(setting.name + told))
     if amount > 1:
         low, high = zip(*(band(values, amount) for values in curve.values()), strict=True)
         axes.fill_between(edges, low, high, color=color, alpha=0.15, lw=0)
+
+
+def in_lines(label: str) -> str:
+    """A label broken between words into lines of at most `LABEL_WIDTH` characters."""
+    return textwrap.fill(label, LABEL_WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def band(values: Sequence[float], amount: int) -> tuple[float, float]:

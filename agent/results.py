@@ -97,7 +97,7 @@ def gather(runs: Sequence[Logged]) -> list[Setting]:
     """Runs by what was trained: those that differ in their seed, and in what may differ when a run goes on, are one.
 
     A setting is called by its core, its size and, as `--set` would say it, what else was chosen differently from
-    another setting of the same task.
+    another setting of the same task, core and size.
     """
     groups: dict[str, list[Logged]] = {}
     for run in runs:
@@ -105,11 +105,11 @@ def gather(runs: Sequence[Logged]) -> list[Setting]:
     settings: list[Setting] = []
     for task in dict.fromkeys(str(run.config.get("env.name")) for run in runs):
         own = [group for group in groups.values() if group[0].config.get("env.name") == task]
+        called = [f"{group[0].config.get('core.name')} {group[0].config.get('size')}" for group in own]
         chosen = [_chosen(group[0].config) for group in own]
-        shared = set.intersection(*map(set, chosen))
-        for group, words in zip(own, chosen, strict=True):
-            core, size = group[0].config.get("core.name"), group[0].config.get("size")
-            name = " ".join([f"{core} {size}", *(word for word in words if word not in shared)])
+        for group, name, words in zip(own, called, chosen, strict=True):
+            alike = [set(others) for other, others in zip(called, chosen, strict=True) if other == name]
+            name = " ".join([name, *(word for word in words if word not in set.intersection(*alike))])
             taken = name in [setting.name for setting in settings if setting.task == task]
             settings.append(Setting(task, f"{name} ({group[0].logdir.name})" if taken else name, group))
     return settings

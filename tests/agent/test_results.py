@@ -11,7 +11,7 @@ import pytest
 
 from agent.config import dump, resolve
 from agent.errors import UserError
-from agent.learning_curves import band
+from agent.learning_curves import LABEL_WIDTH, band, in_lines
 from agent.published import normalised, read_published, read_scales
 from agent.results import bin_width, gather, read_metric, read_runs
 
@@ -62,20 +62,22 @@ def test_seeds_of_one_setting_are_one_whatever_may_change_on_resume(tmp_path: Pa
     assert names(one, other) == {"dmc_walker_walk gru debug": ["a", "b"]}
 
 
-def test_settings_are_called_by_what_was_chosen_and_is_not_shared(tmp_path: Path) -> None:
+def test_settings_of_one_core_and_size_are_called_by_what_was_chosen_and_is_not_shared(tmp_path: Path) -> None:
     shared = "train.ratio=4"
     runs = [
         write_run(tmp_path / "a", shared),
         write_run(tmp_path / "b", shared, "optimizer.lr=1e-3"),
         write_run(tmp_path / "c", shared, core="mlstm"),
         write_run(tmp_path / "d", shared, "core.conv=2", "rssm.posterior=recurrent", core="mlstm"),
-        write_run(tmp_path / "e", env="dmc_cheetah_run"),
+        write_run(tmp_path / "e", "rssm.unimix=0.02", core="attention"),
+        write_run(tmp_path / "f", env="dmc_cheetah_run"),
     ]
     assert list(names(*runs)) == [
         "dmc_walker_walk gru debug",
         "dmc_walker_walk gru debug optimizer.lr=0.001",
         "dmc_walker_walk mlstm debug",
         "dmc_walker_walk mlstm debug core.conv=2 rssm.posterior=recurrent",
+        "dmc_walker_walk attention debug",
         "dmc_cheetah_run gru debug",
     ]
 
@@ -123,6 +125,14 @@ def test_the_table_the_csv_and_the_figure(run_script: Run, tmp_path: Path, capsy
     assert expected in out
     assert f"| 2 tasks | gru debug | - | - | - | mean {(0.255 + 0.0355) / 2:.3f}, median" in out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_long_label_has_lines_of_whole_words() -> None:
+    words = ["mlstm", "debug", "core.head_dim=32", "rssm.read_after_observation=true", "optimizer.behavior_lr=0.001"]
+    lines = in_lines(" ".join(words)).split("\n")
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= LABEL_WIDTH
+    assert " ".join(lines).split() == words
 
 
 @pytest.mark.parametrize(
