@@ -14,7 +14,7 @@ from agent.probe.report import markdown
 from agent.published import Published, normalised
 from agent.results import RETURN, Setting
 
-LABEL_WIDTH = 44
+LABEL_WIDTH = 56
 """Characters in a line of the legend, which else would be wider than its panel."""
 
 
