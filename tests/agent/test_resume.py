@@ -16,6 +16,8 @@ from agent import checkpoint, replay_files, training
 from agent import config as configuration
 from agent.errors import UserError
 from agent.logging import MetricsLogger, memory
+from agent.replay import Replay
+from agent.replay_files import ReplayFiles
 from agent.schema import Config
 from agent.training import train
 
@@ -61,10 +63,22 @@ def state(logdir: Path) -> dict[str, Any]:
     path = checkpoint.latest(logdir / "checkpoints")
     assert path is not None
     saved = checkpoint.load(path)
-    folder = logdir / "checkpoints" / "replay"
-    rows = [checkpoint.load(folder / name) for name in replay_files.names(saved["replay"])]
-    kept = ("agent", "carry", "streams", "ratio", "random", "rows", "episodes", "metrics_position")
-    return {key: saved[key] for key in kept if key != "metrics_position"} | {"files": rows}
+    kept = ("agent", "carry", "streams", "ratio", "random", "rows", "episodes")
+    return {key: saved[key] for key in kept} | {"replay": held(logdir / "checkpoints" / "replay", saved["replay"])}
+
+
+def held(folder: Path, needed: dict[str, Any]) -> dict[str, Any]:
+    """All that a saved replay holds. Which rows lie in which file is another matter: it depends on when was saved."""
+    latest = checkpoint.load(folder / needed["latest"])
+    specs = {key: (tuple(value.shape[2:]), value.dtype) for key, value in latest["tensors"].items()}
+    latents = {key: specs.pop(key) for key in list(specs) if key == "z" or key.startswith("state/")}
+    window = small_config(1).train.batch_length + 1
+    replay = Replay(
+        specs, latents, streams=latest["streams"], capacity=latest["streams"] * (latest["next"] + 2 * window),
+        window=window, device=torch.device("cpu"), seed=0, online_queue=False, stride=latest["stride"],
+    )  # fmt: skip
+    ReplayFiles(folder).load(needed, replay)
+    return replay.state_dict()
 
 
 def assert_same(one: Any, other: Any, path: str = "") -> None:
@@ -154,8 +168,9 @@ def test_an_episode_that_cannot_be_lived_through_again_is_cut_and_not_reported(
     assert cut == {"step": 100, "episode/cut": 2.0}
     lengths = [line["episode/length"] for line in found if "episode/length" in line]
     assert lengths == [32.0] * len(lengths) and len(lengths) == 6
-    (latest,) = state(tmp_path)["files"]
-    assert latest["tensors"]["is_first"][:, 50].all()  # the first row after the cut, where gather() ends the one before
+    assert state(tmp_path)["replay"]["tensors"]["is_first"][
+        :, 50
+    ].all()  # the first row after the cut, where gather() ends the one before
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
