@@ -87,8 +87,7 @@ def test_a_killed_run_with_broken_environments_ends_as_one_that_never_stopped(
     expected = lines(tmp_path / "whole")
     assert lines(logdir) == expected and sum("env/restarts" in line for line in expected) >= 3
     assert_same(state(tmp_path / "whole"), state(logdir))
-    (latest,) = [file for file in state(logdir)["files"] if "discarded" in file]
-    assert latest["discarded"]
+    assert state(logdir)["replay"]["discarded"]
 
 
 def test_used_up_restarts_end_the_run_and_the_same_command_goes_on(tmp_path: Path) -> None:
