@@ -2,21 +2,19 @@
 
 import itertools
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from agent import config as configuration
 from agent import devices
 from agent import logdir as logdirs
 from agent.errors import UserError
 from agent.results import read_metric
 from agent.schema import Config
 from agent.side_by_side import Job, SideBySide
-from agent.writing import write_text
 
 LAST_EPISODES = 10
+TRAIN = "agent.commands.train_agent"
 
 Choice = dict[str, str | None]
 """A value for each flag; None where the flag is not given."""
@@ -61,18 +59,10 @@ def train_several(configs: Mapping[str, Config], out: Path, parallel: int | None
     if on_gpu and "CUDA_MPS_PIPE_DIRECTORY" not in os.environ:
         print("processes share a GPU better under NVIDIA's MPS: start nvidia-cuda-mps-control -d beforehand")
     with TemporaryDirectory() as folder:
-        jobs = [_job(name, config, out, Path(folder)) for name, config in configs.items()]
+        jobs = [Job.of(TRAIN, name, config, out, Path(folder)) for name, config in configs.items()]
         with SideBySide(jobs, parallel, not on_gpu) as processes:
             for job in processes:
                 _, returns = read_metric(job.logdir)
                 late = returns[-LAST_EPISODES:]
                 mean = f"mean return of the last {len(late)} episodes {late.mean():.1f}" if len(late) else "no episode"
                 processes.tell(f"{job.name}: done, {mean}")
-
-
-def _job(name: str, config: Config, out: Path, folder: Path) -> Job:
-    """The process that trains one run; its configuration goes through a file in `folder`."""
-    file = folder / f"{name}.yaml"
-    write_text(file, configuration.dump(config))
-    words = ["--config", str(file), "--logdir", str(out / name)]
-    return Job(name, [sys.executable, "-m", "agent.commands.train_agent", *words], out / name, config.steps)

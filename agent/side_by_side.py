@@ -13,7 +13,9 @@ from typing import NamedTuple, NoReturn
 
 from tqdm import tqdm
 
+from agent import config as configuration
 from agent.errors import UserError
+from agent.schema import Config
 from agent.writing import write_text
 
 POLL_SECONDS = 0.3
@@ -28,6 +30,14 @@ class Job(NamedTuple):
     command: list[str]
     logdir: Path  # the run's folder; what its process says stands beside it, in <logdir>.log
     steps: int  # its length in environment frames
+
+    @classmethod
+    def of(cls, module: str, name: str, config: Config, out: Path, folder: Path, *further: str) -> "Job":
+        """A run of a module, told `--config FILE --logdir out/name` and what follows; the file is in `folder`."""
+        file = folder / f"{name}.yaml"
+        write_text(file, configuration.dump(config))
+        command = [sys.executable, "-m", module, "--config", str(file), "--logdir", str(out / name), *further]
+        return cls(name, command, out / name, config.steps)
 
     @property
     def log(self) -> Path:

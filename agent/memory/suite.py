@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import envs
-from agent import config as configuration
 from agent import devices
 from agent import logdir as logdirs
 from agent.errors import UserError
@@ -20,6 +19,8 @@ from agent.memory.worker import RESULT
 from agent.schema import Config
 from agent.side_by_side import Job, SideBySide
 from agent.writing import write_json, write_text
+
+WORKER = "agent.memory.worker"
 
 
 def run_suite(suite: Suite, out: Path, notify: Callable[[str], None]) -> None:
@@ -49,7 +50,8 @@ def run_suite(suite: Suite, out: Path, notify: Callable[[str], None]) -> None:
     waiting = {run.name: run for run in suite.runs if run.name not in results}
     on_cpu = any(devices.choose(run.config.device).type == "cpu" for run in waiting.values())
     with TemporaryDirectory() as folder:
-        jobs = [_job(run, out, Path(folder), suite.evaluation) for run in waiting.values()]
+        evaluation = json.dumps(dataclasses.asdict(suite.evaluation))
+        jobs = [Job.of(WORKER, run.name, run.config, out, Path(folder), evaluation) for run in waiting.values()]
         with SideBySide(jobs, suite.parallel, on_cpu) as processes:
             for job in processes:
                 result = _finished(waiting[job.name], out, suite.evaluation)
@@ -69,14 +71,6 @@ def report(runs: Sequence[Run], results: dict[str, Result], out: Path) -> None:
         from agent.memory.figure import draw
 
         draw(out / "figure.png", gathered)
-
-
-def _job(run: Run, out: Path, folder: Path, evaluation: Evaluation) -> Job:
-    """The process that trains and evaluates a run; its configuration goes through a file in `folder`."""
-    config, logdir = folder / f"{run.name}.yaml", out / run.name
-    write_text(config, configuration.dump(run.config))
-    words = [str(config), str(logdir), json.dumps(dataclasses.asdict(evaluation))]
-    return Job(run.name, [sys.executable, "-m", "agent.memory.worker", *words], logdir, run.config.steps)
 
 
 def _check_env(config: Config) -> None:

@@ -1,7 +1,7 @@
 """One run of a suite in a process of its own: train to the end, evaluate, write what was found beside the run."""
 
 import json
-import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 from agent import config as configuration
@@ -16,11 +16,16 @@ RESULT = "memory.json"
 
 
 def main() -> None:
-    """Arguments: the configuration's file, the run's folder, the section `evaluation` as JSON."""
-    config = configuration.load(Path(sys.argv[1]))
-    logdir = Path(sys.argv[2])
-    train(config, logdir)
-    write_json(logdir / RESULT, score_run(logdir, Evaluation(**json.loads(sys.argv[3])), config.device))
+    """The command line of `Job.of`."""
+    parser = ArgumentParser()
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--logdir", type=Path)
+    parser.add_argument("evaluation", type=json.loads, help="the section `evaluation` as JSON")
+    given = parser.parse_args()
+    config = configuration.load(given.config)
+    train(config, given.logdir)
+    found = score_run(given.logdir, Evaluation(**given.evaluation), config.device)
+    write_json(given.logdir / RESULT, found)
 
 
 if __name__ == "__main__":
