@@ -78,7 +78,7 @@ def resolve(
         ("", {key: value for key, value in flags.items() if value is not None}),
     ]
     env_name = _last("env.name", default, *(values for _, values in own))
-    env_layers = [(str(path), read_yaml(path)) for path in _env_files(env_name)]
+    env_layers = _env_layers(env_name)
     below = [default] + [values for _, values in env_layers + own]
 
     core_name = _last("core.name", *below)
@@ -240,8 +240,11 @@ def _extensions(path: tuple[str, ...]) -> list[EntryPoint]:
     return [entry for group in EXTENSIONS for entry in entry_points(group=group)]
 
 
-def _env_files(name: Any) -> list[Path]:
-    """The suite's file and, where `name` is a preset, the preset's."""
+def _env_layers(name: Any) -> list[tuple[str, Values]]:
+    """The settings of the suite's file and, where `name` is a preset, the preset's, which may say `settings_of`.
+
+    That is another suite whose file comes below it, where what is to be learned is more like what is learned there.
+    """
     known = config_names("env")
     presets = [preset for preset in known if "_" in preset]
     # A suite that needs no settings has no file.
@@ -256,7 +259,17 @@ def _env_files(name: Any) -> list[Path]:
             f"env.name: {_shown(name)} is unknown; the nearest preset is {_nearest(str(name), presets)}, "
             f"other names look like {forms}"
         )
-    return [config_file("env", file) for file in (suite, name) if file in known]
+    layers = []
+    if name in known:
+        preset = config_file("env", name)
+        values = read_yaml(preset)
+        suite = values.pop("settings_of", suite)
+        check_choice(f"{preset}: settings_of", suite, suites)
+        layers = [(str(preset), values)]
+    if suite in known:
+        below = config_file("env", suite)
+        layers.insert(0, (str(below), read_yaml(below)))
+    return layers
 
 
 def _last(key: str, *layers: Values) -> Any:

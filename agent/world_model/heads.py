@@ -32,6 +32,23 @@ class TwoHotHead(nn.Module):
         return twohot_loss(logits, target, self.bins)
 
 
+class AnticipationHead(TwoHotHead):
+    """The real number that an action will bring, told from the feature where it is chosen.
+
+    Each unit of what the feature says is multiplied by a weight of the action, 1 when there is none. Of a sum of both,
+    which later layers would have to multiply, no gradient tells what the feature should hold before they have learned
+    to, and they do not learn to before it holds anything.
+    """
+
+    def __init__(self, feature_size: int, action_width: int, units: int, layers: int, bins: int):
+        super().__init__(feature_size, units, layers, bins)
+        self.weight_of_action = Linear(action_width, units, fan_in=1)
+
+    def anticipate(self, feature: Tensor, action: Tensor) -> Tensor:
+        """Features (..., F) and actions (..., A), one-hot where discrete -> logits (..., bins)."""
+        return self.output(self.mlp(feature) * (1 + self.weight_of_action(action)))
+
+
 class ContinuationHead(nn.Module):
     """The probability, discount included, that what follows still counts."""
 

@@ -10,7 +10,7 @@ from agent.distributions import entropy, kl_divergence
 from agent.schema import Config
 from agent.spaces import Action, Space
 from agent.world_model.encoder import Decoder, Encoder, Observation, chosen
-from agent.world_model.heads import ContinuationHead, TwoHotHead
+from agent.world_model.heads import AnticipationHead, ContinuationHead, TwoHotHead
 from agent.world_model.rssm import RSSM, Posterior
 
 
@@ -47,7 +47,7 @@ class WorldModel(nn.Module):
         self.decoder = Decoder(decoded, size, self.rssm.core.feature_size, heads)
         self.reward = TwoHotHead(size, heads.units, heads.reward_layers, heads.bins)
         self.anticipation = (
-            TwoHotHead(size + action.width, heads.units, heads.reward_layers, heads.bins)
+            AnticipationHead(size, action.width, heads.units, heads.reward_layers, heads.bins)
             if config.loss.anticipation
             else None
         )
@@ -89,7 +89,7 @@ class WorldModel(nn.Module):
         }
         return losses, {key: value.detach() for key, value in statistics.items()}
 
-    def _anticipation_loss(self, head: TwoHotHead, batch: Batch, feature: Tensor) -> Tensor:
+    def _anticipation_loss(self, head: AnticipationHead, batch: Batch, feature: Tensor) -> Tensor:
         """What each action brings, as predicted where it is chosen, (B, T - 1); nothing across the border of episodes.
 
         Reward and next observation are predicted after the action, by asking the memory again. A vector that is all of
@@ -97,5 +97,5 @@ class WorldModel(nn.Module):
         (and the critic's, which knows no action) asks for what the coming action should depend on.
         """
         action = batch.previous_action[:, 1:]
-        seen = torch.cat([feature[:, :-1], (action / action.abs().clamp(min=1)).to(feature.dtype)], -1)
-        return (~batch.first[:, 1:]).float() * head.loss(head(seen), batch.reward[:, 1:])
+        logits = head.anticipate(feature[:, :-1], (action / action.abs().clamp(min=1)).to(feature.dtype))
+        return (~batch.first[:, 1:]).float() * head.loss(logits, batch.reward[:, 1:])

@@ -103,6 +103,21 @@ def test_presets():
     assert resolve("gym_package.module:Own-v0", size="debug").env.name == "gym_package.module:Own-v0"
 
 
+def test_a_preset_may_take_the_settings_of_another_suite(tmp_path, monkeypatch):
+    masked, walking, tokens = (
+        resolve(name, size="tiny") for name in ("probe_masked_walker_easy", "dmc_walker", "probe_count_easy")
+    )
+    assert masked.env.name == "probe_masked_walker_easy"
+    for part in ("loss", "optimizer", "behavior", "train", "rssm"):
+        assert getattr(masked, part) == getattr(walking, part) != getattr(tokens, part)
+    copytree(CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(configuration, "CONFIGS", tmp_path / "configs")
+    file = tmp_path / "configs" / "env" / "probe_masked_walker_easy.yaml"
+    file.write_text(file.read_text().replace("settings_of: dmc", "settings_of: dcm"))
+    message = one_line_error(lambda: resolve("probe_masked_walker_easy", size="debug"))
+    assert "settings_of" in message and "dcm" in message and "dmc" in message
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

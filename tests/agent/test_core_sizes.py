@@ -14,7 +14,7 @@ from agent.networks import parameter_count
 from agent.spaces import from_gymnasium
 from agent.world_model import WorldModel
 
-SIZES = ("debug", "1m", "wide", "12m", "25m", "50m", "100m", "200m", "400m")
+SIZES = ("debug", "tiny", "1m", "wide", "12m", "25m", "50m", "100m", "200m", "400m")
 TOLERANCE = 0.1
 
 

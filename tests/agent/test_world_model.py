@@ -166,8 +166,10 @@ def test_anticipation_predicts_the_next_reward_where_the_action_is_chosen(make_m
         for t in range(T - 1):
             if not data.first[b, t + 1]:
                 action = data.previous_action[b, t + 1]
-                seen = torch.cat([feature[b, t], torch.clamp(action, -1, 1)])  # what the environment makes of it
-                expected[b, t] = twohot_cross_entropy(fp64(head(seen)), fp64(data.reward[b, t + 1]))
+                done = np.clip(fp64(action), -1, 1)  # what the environment makes of it
+                share = 1 + fp64(head.weight_of_action.weight) @ done + fp64(head.weight_of_action.bias)
+                logits = fp64(head.output.weight) @ (fp64(head.mlp(feature[b, t])) * share) + fp64(head.output.bias)
+                expected[b, t] = twohot_cross_entropy(logits, fp64(data.reward[b, t + 1]))
     losses, _ = model.losses(data, found, feature)
     np.testing.assert_allclose(fp64(losses["anticipation"]), expected, rtol=1e-3)
     (reached,) = torch.autograd.grad(losses["anticipation"].sum(), found.latent.h)
