@@ -18,13 +18,13 @@ def main() -> None:
         "With --logdir, evaluate one trained agent on its probe and print JSON.",
         [
             "python scripts/evaluate_memory.py --cores gru,mlstm,ortho_mlstm --suite quick",
-            "python scripts/evaluate_memory.py --suite base --parallel 4 --out runs/memory_base",
+            "python scripts/evaluate_memory.py --suite base --probes noisy_recall,delay --out runs/memory_base",
             "python scripts/evaluate_memory.py --suite base --probes noisy_recall --cores gru,mlstm:conv=2 --seeds 5",
             "python scripts/evaluate_memory.py --logdir runs/memory/repeat_lag-gru-seed0",
         ],
         flags=("steps", "device", "logdir", "set"),
     )
-    parser.add_argument("--suite", metavar="NAME", help="a file of configs/suite/: quick (default), base, full")
+    parser.add_argument("--suite", metavar="NAME", help="a file of configs/suite/: quick (default), recall, base, full")
     parser.add_argument(
         "--cores", metavar="NAME,...", type=names,
         help="cores, each perhaps with keys of its own, as mlstm:conv=2:unit_norm=true; else the suite's",

@@ -28,7 +28,10 @@ TINY = [
     "--device",
     "cpu",
 ]
-SETTINGS = ["--set", "train.batch_size=2", "heads.units=8", "rssm.stoch=2", "rssm.classes=4", "train.ratio=4"]
+SETTINGS = [
+    "--set", "train.batch_size=2", "train.batch_length=8", "heads.units=8", "rssm.classes=4", "train.ratio=4",
+    "replay.prefill=320", "log.every=100",
+]  # fmt: skip
 Run = Callable[..., int]
 
 
@@ -40,21 +43,22 @@ def test_a_suite_is_trained_evaluated_and_reused(
     assert [row["core"] for row in rows] == ["gru", "mlstm"]
     for row in rows:
         (result,) = row["results"]
+        assert result["updates"] > 0
         assert set(result["gaps"]) == {"1", "2", "4"}
         assert all(-1 <= gap["value"] <= 1 for gap in result["gaps"].values())
     table = (tmp_path / "results.md").read_text()
-    assert "| repeat_lag | gru |" in table
+    assert "| noisy_recall | gru |" in table
     assert (tmp_path / "figure.png").stat().st_size > 1000
     capsys.readouterr()
 
-    metrics = tmp_path / "repeat_lag-gru-seed0" / "metrics.jsonl"
+    metrics = tmp_path / "noisy_recall-gru-seed0" / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns
     assert run_script(*TINY, "--out", str(tmp_path), *SETTINGS) == 0
     assert capsys.readouterr().out.count("(finished before)") == 2
     assert metrics.stat().st_mtime_ns == before
     assert (tmp_path / "results.md").read_text() == table
 
-    assert run_script("--logdir", str(tmp_path / "repeat_lag-gru-seed0"), "--device", "cpu") == 0
+    assert run_script("--logdir", str(tmp_path / "noisy_recall-gru-seed0"), "--device", "cpu") == 0
     assert json.loads(capsys.readouterr().out)["gaps"] == rows[0]["results"][0]["gaps"]
 
 
