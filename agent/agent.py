@@ -220,9 +220,24 @@ class Agent:
         """Everything that learning changes."""
         return self.learner.state_dict() | {"updates": self.updates, "means": self.means.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state, in place."""
-        self.learner.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any], source: Any = "the agent") -> None:
+        """Take over a saved state, in place.
+
+        Args:
+            state: what `state_dict` gave.
+            source: where it is from, as an error names it.
+
+        Raises:
+            UserError: it is of an agent with other parts, or parts of other shapes.
+        """
+        try:
+            self.learner.load_state_dict(state)
+        except (RuntimeError, ValueError) as error:  # how torch tells that names or shapes differ
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{source}: the checkpoint does not fit the agent that this version makes ({reason}); "
+                "use the version that wrote it, or train anew in another --logdir"
+            ) from None
         self.updates = state["updates"]
         self._prepare()  # what a core derives from its buffers may have changed
         self.learner.refresh()

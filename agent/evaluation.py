@@ -37,7 +37,7 @@ def load(
         best: take the checkpoint before which the mean return of training was highest instead.
 
     Raises:
-        UserError: there is no run or no checkpoint, or it is damaged.
+        UserError: there is no run or no checkpoint, or it is damaged or of another version of this project.
         EnvError: `render` is asked for, and the environment cannot.
     """
     logdir = Path(logdir)
@@ -57,7 +57,7 @@ def load(
     env = make_env(config, render)
     agent = Agent(env.observation_space, env.action_space, config, devices.choose(config.device))
     env.close()
-    agent.load_state_dict(saved["agent"])
+    agent.load_state_dict(saved["agent"], logdir)
     return agent
 
 

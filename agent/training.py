@@ -416,11 +416,7 @@ class Run:
     def _restore(self, saved: Mapping[str, Any]) -> None:
         self.rows, self.episodes, self.best = saved["rows"], saved["episodes"], saved["best"]
         self.saved_frames = self.frames
-        try:
-            self.agent.load_state_dict(saved["agent"])
-        except (RuntimeError, ValueError) as error:  # how torch tells that names or shapes differ
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.logdir}: its checkpoint does not fit this agent ({reason})") from None
+        self.agent.load_state_dict(saved["agent"], self.logdir)
         if saved["random"] is None:
             seed = self.ranks.seed(self.config.seed, self.rows)
             needed = [part["replay"] for part in parts(saved)]

@@ -377,6 +377,13 @@ def test_a_loaded_agent_goes_on_identically(
         assert torch.equal(value, stored_latents(other_replay)[key])
 
 
+def test_a_state_of_another_agent_is_told_in_one_line(make_agent: Make) -> None:
+    other = make_agent(BOX, ["loss.anticipation=1.0"])
+    with pytest.raises(UserError, match="runs/old: .*anticipation.* use the version that wrote it") as caught:
+        make_agent(BOX).load_state_dict(other.state_dict(), "runs/old")
+    assert "\n" not in str(caught.value)
+
+
 def test_acting_uses_loaded_and_updated_weights(make_agent: Make) -> None:
     agent, other = make_agent(BOX), make_agent(BOX, seed=1)
     seen, first = observation(3), torch.ones(3, dtype=torch.bool)
