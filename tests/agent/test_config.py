@@ -110,6 +110,7 @@ def test_a_preset_may_take_the_settings_of_another_suite(tmp_path, monkeypatch):
     assert masked.env.name == "probe_masked_walker_easy"
     for part in ("loss", "optimizer", "behavior", "train", "rssm"):
         assert getattr(masked, part) == getattr(walking, part) != getattr(tokens, part)
+    assert resolve("popgym_RepeatPreviousEasy", size="tiny").behavior == tokens.behavior
     copytree(CONFIGS, tmp_path / "configs")
     monkeypatch.setattr(configuration, "CONFIGS", tmp_path / "configs")
     file = tmp_path / "configs" / "env" / "probe_masked_walker_easy.yaml"
