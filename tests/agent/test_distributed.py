@@ -29,6 +29,10 @@ from envs.streams import Streams
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'agent'}", "OMP_NUM_THREADS": "1"}
+ROUNDING = 3e-5
+"""What fp32 may do in three updates, as a share of a tensor's largest number. The same sums in another order came to
+1.01e-5 on an AMD EPYC, for a bias whose gradient is a sum of terms that cancel, and to less than 1e-5 on Intel's; a rank
+that takes its own gradient for the mean comes to 9.7."""
 PATIENCE = 120  # seconds, on a machine that does much else
 
 
@@ -66,7 +70,7 @@ def test_an_update_of_two_ranks_is_that_of_the_joint_batch(core: str, both: tupl
         for key in ours:
             largest = float(ours[key].abs().max()) if ours[key].is_floating_point() else 0.0
             if not key.startswith("/means/"):
-                torch.testing.assert_close(theirs[key], ours[key], rtol=0, atol=1e-5 * largest, msg=f"{rank} {key}")
+                torch.testing.assert_close(theirs[key], ours[key], rtol=0, atol=ROUNDING * largest, msg=f"{rank} {key}")
         for key, latents in result[core]["latents"].items():
             torch.testing.assert_close(latents[0], expected["latents"][key][rank], rtol=1e-5, atol=1e-5)
         assert result[core]["metrics"].keys() == expected["metrics"].keys()

@@ -105,7 +105,7 @@ def one_line(function: Callable[..., object], *words: object, **named: object) -
         ({"env": "corridr_short"}, "corridor_..."),
         ({"core": "leeky"}, "the nearest is leaky"),
         ({"settings": ["core.widht=3"]}, "the nearest is core.width"),
-        ({"size": "400m"}, "choose from debug, 1m, wide, 12m"),
+        ({"size": "400m"}, "choose from debug, tiny, 1m, wide, 12m"),
     ],
 )
 def test_what_a_package_adds_is_among_the_choices(place: Path, see: See, asked: dict[str, Any], message: str) -> None:
