@@ -31,8 +31,8 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'agent'}", "OMP_NUM_THREADS": "1"}
 ROUNDING = 3e-5
 """What fp32 may do in three updates, as a share of a tensor's largest number. The same sums in another order came to
-1.01e-5 on an AMD EPYC, for a bias whose gradient is a sum of terms that cancel, and to less than 1e-5 on Intel's; a rank
-that takes its own gradient for the mean comes to 9.7."""
+1.01e-5 on an AMD EPYC, for a bias whose gradient is a sum of terms that cancel, and to less than 1e-5 on Intel's; a
+rank that takes its own gradient for the mean comes to 9.7."""
 PATIENCE = 120  # seconds, on a machine that does much else
 
 
