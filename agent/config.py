@@ -259,17 +259,12 @@ def _env_layers(name: Any) -> list[tuple[str, Values]]:
             f"env.name: {_shown(name)} is unknown; the nearest preset is {_nearest(str(name), presets)}, "
             f"other names look like {forms}"
         )
-    layers = []
-    if name in known:
-        preset = config_file("env", name)
-        values = read_yaml(preset)
-        suite = values.pop("settings_of", suite)
-        check_choice(f"{preset}: settings_of", suite, suites)
-        layers = [(str(preset), values)]
-    if suite in known:
-        below = config_file("env", suite)
-        layers.insert(0, (str(below), read_yaml(below)))
-    return layers
+    preset = config_file("env", name)
+    own = read_yaml(preset) if name in known else {}
+    suite = own.pop("settings_of", suite)
+    check_choice(f"{preset}: settings_of", suite, suites)
+    below = config_file("env", suite)
+    return [(str(below), read_yaml(below) if suite in known else {}), (str(preset), own)]
 
 
 def _last(key: str, *layers: Values) -> Any:

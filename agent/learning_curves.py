@@ -9,7 +9,7 @@ from typing import Any
 
 from agent.errors import writing
 from agent.intervals import CONFIDENCE, interval
-from agent.probe.figure import load_pyplot
+from agent.probe.figure import label_frames, load_pyplot
 from agent.probe.report import markdown
 from agent.published import Published, normalised
 from agent.results import RETURN, Setting
@@ -97,8 +97,7 @@ def draw(
             _draw_mean(axes, setting, width, colors[setting.name])
         axes.set(title=task, xlabel="environment frames", xlim=(0, 1.02 * last), ylim=(min(0, low), high))
         axes.set_ylabel("return of training episodes" if metric == RETURN else metric)
-        if last >= 10_000:
-            axes.xaxis.set_major_formatter(lambda frames, _: f"{frames / 1000:g}k" if frames else "0")
+        label_frames(axes, last)
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
         axes.legend(fontsize=7, loc="best")

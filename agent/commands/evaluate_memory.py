@@ -20,7 +20,7 @@ def main() -> None:
             "python scripts/evaluate_memory.py --cores gru,mlstm,ortho_mlstm --suite quick",
             "python scripts/evaluate_memory.py --suite base --probes noisy_recall,delay --out runs/memory_base",
             "python scripts/evaluate_memory.py --suite base --probes noisy_recall --cores gru,mlstm:conv=2 --seeds 5",
-            "python scripts/evaluate_memory.py --logdir runs/memory/repeat_lag-gru-seed0",
+            "python scripts/evaluate_memory.py --logdir runs/memory/noisy_recall-gru-seed0",
         ],
         flags=("steps", "device", "logdir", "set"),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from agent.intervals import interval
 from agent.memory.report import Row, accuracy_by_age, at
-from agent.probe.figure import columns, load_pyplot
+from agent.probe.figure import columns, label_frames, load_pyplot
 
 
 def draw(file: Path, rows: Sequence[Row]) -> None:
@@ -17,8 +17,6 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
         UserError: matplotlib is missing.
     """
     pyplot = load_pyplot()
-    from matplotlib.ticker import EngFormatter
-
     probes = list(dict.fromkeys(row["probe"] for row in rows))
     cores = list(dict.fromkeys(row["core"] for row in rows))
     colors = {core: f"C{i % 10}" for i, core in enumerate(cores)}
@@ -36,7 +34,7 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
         _ends(ends, own, colors)
         window = own[0]["results"][0]["evaluation"]["window"]
         curves.set(title=f"{probe}: {name} in training", xlabel=f"frames (means of {window} episodes)")
-        curves.xaxis.set_major_formatter(EngFormatter(sep=""))
+        label_frames(curves, curves.get_xlim()[1])
         curves.legend(fontsize=8, loc="best")
         ends.set(title=f"{name} at the end")
         gaps.set(title=f"{name} at longer gaps", xlabel="gap / trained gap")

@@ -87,6 +87,12 @@ def _curves(axes: Any, row: Row, color: Any) -> None:
     axes.plot(row["steps"], row["curves"]["accuracy"], color=color, lw=0.9, alpha=0.6)
 
 
+def label_frames(axes: Any, last: float) -> None:
+    """Write the frames along x, of which `last` is the last, in thousands where there are tens of them."""
+    if last >= 10_000:
+        axes.xaxis.set_major_formatter(lambda frames, _: f"{frames / 1000:g}k" if frames else "0")
+
+
 def columns(axes: Any, values: Mapping[str, Sequence[float]], colors: Mapping[str, Any]) -> None:
     """A column of points for each label, spread sideways in the order of seeds, and their mean as a bar."""
     for place, (label, points) in enumerate(values.items()):
