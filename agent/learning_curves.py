@@ -77,7 +77,7 @@ def draw(
     pyplot = load_pyplot()
     tasks = list(dict.fromkeys(setting.task for setting in settings))
     colors = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(setting.name for setting in settings))}
-    columns = min(3, len(tasks))
+    columns = 2 if len(tasks) == 4 else min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure, grid = pyplot.subplots(
         rows, columns, figsize=(max(7, 4.6 * columns), 4.2 * rows if rows == 1 else 3.4 * rows),

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import logging
 import multiprocessing
 import os
 import sys
@@ -37,7 +38,13 @@ def load_suite(render: bool) -> ModuleType:
         raise EnvError(
             f"dm_control cannot be imported ({one_line(error)}); pip install dm-control==1.0.50 mujoco==3.17.0"
         ) from None
+    logging.getLogger("absl").addFilter(_concerns_users)
     return suite
+
+
+def _concerns_users(record: logging.LogRecord) -> bool:
+    """Not what the suite's own models use and MuJoCo will drop: each process would say so at each start."""
+    return "is deprecated and will be removed" not in record.getMessage()
 
 
 def choose_backend(render: bool) -> str:

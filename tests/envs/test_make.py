@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import test_tiny
@@ -48,6 +51,12 @@ def test_dmc_end_by_the_tasks_own_rules_is_terminal():
     for discount, flags in ((0.0, (True, False)), (1.0, (False, True))):
         suite.step = lambda action, d=discount: TimeStep(StepType.LAST, 1.0, d, observation)
         assert env.step(np.zeros(1, np.float32))[2:4] == flags
+
+
+def test_dmc_keeps_to_itself_what_its_own_models_will_have_to_change():
+    script = "import envs; envs.make('dmc_cheetah_run'); from absl import logging; logging.warning('for users')"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
+    assert "for users" in told and "deprecated" not in told
 
 
 def test_domain_with_underscores_is_found():
