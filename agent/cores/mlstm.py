@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from agent.cores.core import Inspection, RecurrentCore, State, register, take
 from agent.cores.inspection import look
 from agent.cores.memory import Memory, effective_rank, empty, memories_at
 from agent.cores.reads import PlainRead, Read
+from agent.cores.rotary import angles, elapsed, rotate
 from agent.networks import RMS_EPS, BlockLinear, Linear, RMSNorm, initialize_
 
 FORGET_BIAS = (3.0, 6.0)  # from the first to the last head: memories of about 20 to 400 steps
@@ -38,12 +39,17 @@ class MLSTMConfig:
     conv: Annotated[int, Field(ge=2)]
     input_gate: Literal["exponential", "sigmoid"]
     unit_norm: bool
+    rotary_heads: NonNegativeInt
     qkv_block: PositiveInt | None
 
     @model_validator(mode="after")
     def _divides(self) -> "MLSTMConfig":
         if self.head_dim % (self.qkv_block or 1):
             raise ValueError(f"qkv_block ({self.qkv_block}) must divide head_dim ({self.head_dim})")
+        if self.rotary_heads > self.heads:
+            raise ValueError(f"rotary_heads ({self.rotary_heads}) must be at most heads ({self.heads})")
+        if self.rotary_heads and self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even where rotary_heads is not 0")
         return self
 
 
@@ -79,8 +85,9 @@ class MLSTMBlock(nn.Module):
         self.down = Linear(inner, config.width, bias=False, scale=config.blocks**-0.5)
 
     def forward(
-        self, x: Tensor, memory: Memory, history: Tensor, first: Tensor, cell: Cell, keep: Sequence[int] | None
-    ) -> tuple[Tensor, Memory, Tensor]:
+        self, x: Tensor, memory: Memory, history: Tensor, first: Tensor, angle: Tensor | None, cell: Cell,
+        keep: Sequence[int] | None,
+    ) -> tuple[Tensor, Memory, Tensor]:  # fmt: skip
         """T steps.
 
         Args:
@@ -88,6 +95,7 @@ class MLSTMBlock(nn.Module):
             memory: before the first step, (B, H, ...).
             history: u of the steps before, (B, conv - 1, I).
             first: (B, T).
+            angle: by which the first R heads turn q and k, (B, R, T, D / 2), if there are any.
             cell: what writes and reads the memory.
             keep: the K steps whose history is wanted; None is the last one.
 
@@ -100,6 +108,8 @@ class MLSTMBlock(nn.Module):
         episode = F.pad(first.cumsum(1), (before, 0)).unsqueeze(-1)  # (B, conv - 1 + T, 1): resets so far
         c = F.silu(self._convolved(steps, episode).to(x.dtype))
         q, k, v, log_input, log_forget = self._cell_inputs(c, u)
+        if angle is not None:
+            q, k = rotate(q, angle), rotate(k, angle)
         y, memory = cell(q, k, v, log_input, log_forget, first, memory)
         y = self.head_norm(y.transpose(1, 2)).flatten(2)  # (B, T, I)
         x = x + self.down((y + self.skip.to(x.dtype) * c) * F.silu(z))
@@ -155,7 +165,8 @@ class MLSTM(RecurrentCore):
     """Input layer, residual mLSTM blocks, norm.
 
     The state of block i is `memory_i` (B, H, D, D) with its `normaliser_i` (B, H, D) and `stabiliser_i` (B, H), and
-    `conv_i` (B, conv - 1, I), the last inputs of its convolution.
+    `conv_i` (B, conv - 1, I), the last inputs of its convolution. With rotary heads there is `clock` (B, 1), the steps
+    since the last reset.
     """
 
     Config: ClassVar[type[Any]] = MLSTMConfig
@@ -184,7 +195,7 @@ class MLSTM(RecurrentCore):
         config, device = self.config, self.norm.scale.device
         memory = empty(batch, config.heads, config.head_dim, self.reader.written_size(config.head_dim), device)
         history = torch.zeros(batch, config.conv - 1, config.heads * config.head_dim, device=device)
-        state: State = {}
+        state: State = {"clock": torch.zeros(batch, 1, device=device)} if config.rotary_heads else {}
         for index in range(config.blocks):
             state |= _pack(index, Memory(*(part.clone() for part in memory)), history.clone())
         return state
@@ -229,9 +240,15 @@ class MLSTM(RecurrentCore):
 
     def read(self, query: Tensor, state: State) -> Tensor:
         """Ask the last block's memory (N, ...) once more: query (N, H * D) -> answer (N, H * D), normed per head."""
-        q = query.unflatten(-1, (self.config.heads, -1))
-        memory, _ = _unpack(self.config.blocks - 1, state)
-        y = self.reader.read(unit_length(q) if self.config.unit_norm else q, memory)
+        config = self.config
+        q = query.unflatten(-1, (config.heads, -1))
+        if config.unit_norm:
+            q = unit_length(q)
+        if config.rotary_heads:
+            angle = angles(state["clock"], config.rotary_heads, config.head_dim)
+            q = rotate(q.unsqueeze(2), angle).squeeze(2)
+        memory, _ = _unpack(config.blocks - 1, state)
+        y = self.reader.read(q, memory)
         y = F.rms_norm(y.to(memory.n.dtype), y.shape[-1:], eps=RMS_EPS)
         return y.flatten(1).to(query.dtype)
 
@@ -284,9 +301,14 @@ class MLSTM(RecurrentCore):
     ) -> tuple[Tensor, State]:
         x = self.input(x)
         after: State = {}
+        angle = None
+        if self.config.rotary_heads:
+            time = elapsed(state["clock"].squeeze(1), first)
+            angle = angles(time, self.config.rotary_heads, self.config.head_dim)
+            after["clock"] = time[:, -1:] if keep is None else take(time, 1, keep).unsqueeze(-1)
         for index, block in enumerate(self.blocks):
             memory, history = _unpack(index, state)
-            x, memory, history = block(x, memory, history, first, cell, keep)
+            x, memory, history = block(x, memory, history, first, angle, cell, keep)
             after |= _pack(index, memory, history)
         h = self.norm(x)
         return h.to(torch.promote_types(h.dtype, torch.float32)), after

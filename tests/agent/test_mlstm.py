@@ -13,6 +13,7 @@ from agent.cores import RecurrentCore, State, make_core
 from agent.cores.least_squares import TRACE_FLOOR
 from agent.cores.memory import EMPTY
 from agent.cores.mlstm import MLSTM
+from agent.cores.rotary import angles, rotate
 from agent.schema import Config
 
 INPUT, B, T = 6, 3, 11
@@ -91,10 +92,11 @@ def reference(core: MLSTM, x: Any, first: Any) -> Any:
         w = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         C, G, n, heaviest = np.zeros((heads, d, d)), np.zeros((heads, d, d)), np.zeros((heads, d)), np.zeros(heads)
         past: list[Any] = []
-        results = []
+        results, clock = [], 0
         for t in range(len(x)):
             if first[t]:
-                C, G, n, heaviest, past = 0 * C, 0 * G, 0 * n, 0 * heaviest, []
+                C, G, n, heaviest, past, clock = 0 * C, 0 * G, 0 * n, 0 * heaviest, [], 0
+            clock += 1
             u, z = np.split(w["up.weight"] @ rms(x[t], w["norm.scale"]), 2)
             past = [*past, u][-config.conv :]
             c = silu(sum(w["conv"][:, -1 - ago] * past[-1 - ago] for ago in range(len(past))) + w["conv_bias"])
@@ -108,6 +110,12 @@ def reference(core: MLSTM, x: Any, first: Any) -> Any:
             q, k, v = parts
             if config.unit_norm:
                 q, k = (part / np.linalg.norm(part, axis=-1, keepdims=True) for part in (q, k))
+            for head in range(config.rotary_heads):  # pairs as complex numbers
+                turn = np.exp(1j * clock * np.pi * (2 * np.arange(d // 2) * config.rotary_heads + 2 * head + 1)
+                              / (config.rotary_heads * d))  # fmt: skip
+                for part in (q, k):
+                    pairs = (part[head, : d // 2] + 1j * part[head, d // 2 :]) * turn
+                    part[head] = np.concatenate([pairs.real, pairs.imag])
             k = k / np.sqrt(d)
             C = f[:, None, None] * C + i[:, None, None] * k[:, :, None] * v[:, None, :]
             G = f[:, None, None] * G + i[:, None, None] * k[:, :, None] * k[:, None, :]
@@ -133,6 +141,9 @@ def reference(core: MLSTM, x: Any, first: Any) -> Any:
         ("mlstm", ["unit_norm=false", "input_gate=exponential"]),
         ("mlstm", ["unit_norm=true", "input_gate=sigmoid", "conv=3", "blocks=1"]),
         ("mlstm", ["qkv_block=2"]),
+        ("mlstm", ["rotary_heads=1"]),
+        ("ortho_mlstm", ["form=exact", "rotary_heads=2"]),
+        ("mesa", ["rotary_heads=1"]),
         ("ortho_mlstm", ["form=exact"]),
         ("ortho_mlstm", ["degree=41"]),
         ("mesa", []),
@@ -160,6 +171,7 @@ def test_core_follows_the_formulas(make: MakeCore, name: str, settings: list[str
         ["degree=17", "alpha_start=0.5"],
         ["alpha_start=0.0"],
         ["degree=1"],
+        ["rotary_heads=2"],
         ["ridge=0.3", "iterations=20"],
         ["ridge_learned=true", "unit_norm=false"],
     ],
@@ -174,6 +186,34 @@ def test_every_choice_has_equal_step_and_sequence(make: MakeCore, settings: list
     torch.testing.assert_close(end, expected_end, rtol=1e-9, atol=1e-11)
     for a, b in zip(gradients_of(core, h, weight), gradients_of(core, expected, weight), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+
+
+def test_a_rotary_memory_goes_on_after_a_cut_and_is_asked_at_its_own_time(make: MakeCore) -> None:
+    core, (x, first), query = make("mlstm", "rotary_heads=1"), inputs(), torch.randn(B, 16, dtype=torch.float64)
+    h, end = core.sequence(x, start(core), first, keep=range(T))
+    for cut in (3, 4, 5):
+        head, carried = core.sequence(x[:, :cut], start(core), first[:, :cut])
+        tail, after = core.sequence(x[:, cut:], carried, first[:, cut:])
+        torch.testing.assert_close(torch.cat([head, tail], 1), h, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(after, {key: value[:, -1] for key, value in end.items()}, rtol=1e-10, atol=1e-12)
+    assert end["clock"][..., 0].tolist() == [[*range(1, 5), *range(1, 8)], [*range(1, 12)], [*range(1, 10), 1, 2]]
+    # A memory of the same writes, all k steps later, answers the same at its own time: only lags count.
+    state = {key: value[:, -1] for key, value in end.items()}
+    memory, turn = core.memory_of_block(1, state), angles(torch.full((B, 1), 5.0, dtype=torch.float64), 1, 8)
+    later = rotate(memory.C.transpose(-1, -2), turn.expand(-1, -1, 8, -1)).transpose(-1, -2)
+    n = rotate(memory.n.unsqueeze(2), turn).squeeze(2)
+    moved = state | {"memory_1": later, "normaliser_1": n, "clock": state["clock"] + 5}
+    torch.testing.assert_close(core.read(query, moved), core.read(query, state), rtol=1e-9, atol=1e-11)
+    assert not torch.allclose(core.read(query, state | {"clock": state["clock"] + 5}), core.read(query, state))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_rotary_heads_are_a_ring_of_as_many_steps_as_they_have_numbers(heads: int) -> None:
+    dim, steps = 8, 8 * heads
+    time = torch.arange(1.0, steps + 1, dtype=torch.float64).unsqueeze(0) + 1000
+    keys = rotate(torch.ones(1, heads, steps, dim, dtype=torch.float64), angles(time, heads, dim))[0]  # (R, steps, D)
+    together = torch.einsum("htd,hud->tu", keys, keys)
+    torch.testing.assert_close(together, heads * dim * torch.eye(steps, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 def test_polynomial_and_exact_form_are_the_same_core(make: MakeCore) -> None:
