@@ -49,7 +49,7 @@ def player(request: pytest.FixtureRequest, make_agent: Callable[..., Any], make_
     player = make_agent(ACTIONS[request.param], ["optimizer.lr=1e-2", "optimizer.warmup=0"], core=request.param)
     replay = make_replay(player)
     player.attach(replay)
-    for _ in range(3):
+    for _ in range(2):
         player.update(replay.sample(player.config.train.batch_size))
     return player
 

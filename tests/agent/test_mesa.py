@@ -42,7 +42,7 @@ def given(core: Mesa) -> tuple[Tensor, State, Tensor]:
 
 
 def test_answers_a_second_read_with_its_last_memory(make: MakeCore) -> None:
-    core = make()
+    core = make("rotary_heads=0")
     d, state = core.config.head_dim, core.sequence(*given(core))[1]
     query = torch.randn(B, core.query_size, dtype=torch.float64, requires_grad=True)
     answer = core.read(query, state)
