@@ -17,7 +17,7 @@ from agent.cores.core import Inspection, RecurrentCore, State, register, take
 from agent.cores.inspection import look
 from agent.cores.memory import Memory, effective_rank, empty, memories_at
 from agent.cores.reads import PlainRead, Read
-from agent.cores.rotary import angles, elapsed, rotate
+from agent.cores.rotary import Turn, elapsed, rotate, turns
 from agent.networks import RMS_EPS, BlockLinear, Linear, RMSNorm, initialize_
 
 FORGET_BIAS = (3.0, 6.0)  # from the first to the last head: memories of about 20 to 400 steps
@@ -85,7 +85,7 @@ class MLSTMBlock(nn.Module):
         self.down = Linear(inner, config.width, bias=False, scale=config.blocks**-0.5)
 
     def forward(
-        self, x: Tensor, memory: Memory, history: Tensor, first: Tensor, angle: Tensor | None, cell: Cell,
+        self, x: Tensor, memory: Memory, history: Tensor, first: Tensor, turn: Turn | None, cell: Cell,
         keep: Sequence[int] | None,
     ) -> tuple[Tensor, Memory, Tensor]:  # fmt: skip
         """T steps.
@@ -95,7 +95,7 @@ class MLSTMBlock(nn.Module):
             memory: before the first step, (B, H, ...).
             history: u of the steps before, (B, conv - 1, I).
             first: (B, T).
-            angle: by which the first R heads turn q and k, (B, R, T, D / 2), if there are any.
+            turn: by which the first R heads turn q and k, (B, R, T, D / 2) each, if there are any.
             cell: what writes and reads the memory.
             keep: the K steps whose history is wanted; None is the last one.
 
@@ -108,8 +108,8 @@ class MLSTMBlock(nn.Module):
         episode = F.pad(first.cumsum(1), (before, 0)).unsqueeze(-1)  # (B, conv - 1 + T, 1): resets so far
         c = F.silu(self._convolved(steps, episode).to(x.dtype))
         q, k, v, log_input, log_forget = self._cell_inputs(c, u)
-        if angle is not None:
-            q, k = rotate(q, angle), rotate(k, angle)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         y, memory = cell(q, k, v, log_input, log_forget, first, memory)
         y = self.head_norm(y.transpose(1, 2)).flatten(2)  # (B, T, I)
         x = x + self.down((y + self.skip.to(x.dtype) * c) * F.silu(z))
@@ -245,8 +245,8 @@ class MLSTM(RecurrentCore):
         if config.unit_norm:
             q = unit_length(q)
         if config.rotary_heads:
-            angle = angles(state["clock"], config.rotary_heads, config.head_dim)
-            q = rotate(q.unsqueeze(2), angle).squeeze(2)
+            turn = turns(state["clock"], config.rotary_heads, config.head_dim)
+            q = rotate(q.unsqueeze(2), turn).squeeze(2)
         memory, _ = _unpack(config.blocks - 1, state)
         y = self.reader.read(q, memory)
         y = F.rms_norm(y.to(memory.n.dtype), y.shape[-1:], eps=RMS_EPS)
@@ -301,14 +301,14 @@ class MLSTM(RecurrentCore):
     ) -> tuple[Tensor, State]:
         x = self.input(x)
         after: State = {}
-        angle = None
+        turn = None
         if self.config.rotary_heads:
             time = elapsed(state["clock"].squeeze(1), first)
-            angle = angles(time, self.config.rotary_heads, self.config.head_dim)
+            turn = turns(time, self.config.rotary_heads, self.config.head_dim)
             after["clock"] = time[:, -1:] if keep is None else take(time, 1, keep).unsqueeze(-1)
         for index, block in enumerate(self.blocks):
             memory, history = _unpack(index, state)
-            x, memory, history = block(x, memory, history, first, angle, cell, keep)
+            x, memory, history = block(x, memory, history, first, turn, cell, keep)
             after |= _pack(index, memory, history)
         h = self.norm(x)
         return h.to(torch.promote_types(h.dtype, torch.float32)), after

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+Turn = tuple[Tensor, Tensor]
+
 
 def elapsed(clock: Tensor, first: Tensor) -> Tensor:
     """Steps since the reset that was last, (B, T), each step counted.
@@ -24,26 +26,27 @@ def elapsed(clock: Tensor, first: Tensor) -> Tensor:
     """
     steps = torch.arange(1, first.shape[1] + 1, device=first.device).expand_as(first)
     before = torch.where(first, steps - 1, 0).cummax(1).values  # steps up to the last reset
-    reset = first.cumsum(1) > 0
+    reset = first.cumsum(1) > 0  # chosen by it, not added up: a NaN of the clock must not pass a reset
     return torch.where(reset, (steps - before).to(clock.dtype), steps + clock.unsqueeze(1))
 
 
-def angles(time: Tensor, heads: int, dim: int) -> Tensor:
-    """Times (B, T), in steps -> angles (B, heads, T, dim / 2), in at least fp32.
+def turns(time: Tensor, heads: int, dim: int) -> Turn:
+    """Times (B, T), in steps -> cosines and sines (B, heads, T, dim / 2) of how far they turn, in the dtype of time.
 
     Pair j of head h turns by pi (2 (j heads + h) + 1) / (heads dim) a step: all odd multiples of the slowest rate.
     """
     ring = heads * dim
     odd = torch.arange(1, ring, 2, device=time.device, dtype=time.dtype).view(dim // 2, heads).T  # (heads, dim / 2)
     # All angles repeat after 2 * ring steps, and small numbers keep the precision.
-    return torch.remainder(time, 2 * ring)[:, None, :, None] * (math.pi / ring * odd[:, None])
+    angle = torch.remainder(time, 2 * ring)[:, None, :, None] * (math.pi / ring * odd[:, None])
+    return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Turn the first heads of x (B, H, T, D) by angles (B, R, T, D / 2): number j with number j + D / 2 of a head."""
-    heads = angle.shape[1]
-    moved, still = x[:, :heads].to(angle.dtype), x[:, heads:]
+def rotate(x: Tensor, turn: Turn) -> Tensor:
+    """Turn the first R heads of x (B, H, T, D) by cosines and sines (B, R, T, D / 2): pairs are j and j + D / 2."""
+    cos, sin = turn
+    heads = cos.shape[1]
+    moved, still = x[:, :heads].to(cos.dtype), x[:, heads:]
     a, b = moved.chunk(2, -1)
-    cos, sin = angle.cos(), angle.sin()
     turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)
     return torch.cat([turned, still], 1)

@@ -13,7 +13,7 @@ from agent.cores import RecurrentCore, State, make_core
 from agent.cores.least_squares import TRACE_FLOOR
 from agent.cores.memory import EMPTY
 from agent.cores.mlstm import MLSTM
-from agent.cores.rotary import angles, rotate
+from agent.cores.rotary import rotate, turns
 from agent.schema import Config
 
 INPUT, B, T = 6, 3, 11
@@ -199,8 +199,8 @@ def test_a_rotary_memory_goes_on_after_a_cut_and_is_asked_at_its_own_time(make: 
     assert end["clock"][..., 0].tolist() == [[*range(1, 5), *range(1, 8)], [*range(1, 12)], [*range(1, 10), 1, 2]]
     # A memory of the same writes, all k steps later, answers the same at its own time: only lags count.
     state = {key: value[:, -1] for key, value in end.items()}
-    memory, turn = core.memory_of_block(1, state), angles(torch.full((B, 1), 5.0, dtype=torch.float64), 1, 8)
-    later = rotate(memory.C.transpose(-1, -2), turn.expand(-1, -1, 8, -1)).transpose(-1, -2)
+    memory, turn = core.memory_of_block(1, state), turns(torch.full((B, 1), 5.0, dtype=torch.float64), 1, 8)
+    later = rotate(memory.C.transpose(-1, -2), turn).transpose(-1, -2)
     n = rotate(memory.n.unsqueeze(2), turn).squeeze(2)
     moved = state | {"memory_1": later, "normaliser_1": n, "clock": state["clock"] + 5}
     torch.testing.assert_close(core.read(query, moved), core.read(query, state), rtol=1e-9, atol=1e-11)
@@ -211,7 +211,7 @@ def test_a_rotary_memory_goes_on_after_a_cut_and_is_asked_at_its_own_time(make: 
 def test_rotary_heads_are_a_ring_of_as_many_steps_as_they_have_numbers(heads: int) -> None:
     dim, steps = 8, 8 * heads
     time = torch.arange(1.0, steps + 1, dtype=torch.float64).unsqueeze(0) + 1000
-    keys = rotate(torch.ones(1, heads, steps, dim, dtype=torch.float64), angles(time, heads, dim))[0]  # (R, steps, D)
+    keys = rotate(torch.ones(1, heads, steps, dim, dtype=torch.float64), turns(time, heads, dim))[0]  # (R, steps, D)
     together = torch.einsum("htd,hud->tu", keys, keys)
     torch.testing.assert_close(together, heads * dim * torch.eye(steps, dtype=torch.float64), rtol=0, atol=1e-9)
 
